@@ -1,0 +1,23 @@
+"""Prune Keras models and give them their accuracy back."""
+
+from keras_renorm import callbacks, criteria, layers, patterns, renorm, schedules
+from keras_renorm.conversion import strip, to_prunable
+from keras_renorm.pruning import prune
+from keras_renorm.summary import summary
+from keras_renorm.version import __version__
+
+schedules.keep_tf_keras()
+
+__all__ = [
+    "__version__",
+    "callbacks",
+    "criteria",
+    "layers",
+    "patterns",
+    "prune",
+    "renorm",
+    "schedules",
+    "strip",
+    "summary",
+    "to_prunable",
+]

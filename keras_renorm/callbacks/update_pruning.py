@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_renorm import schedules
+from keras_renorm.layers.masked import NEVER, masked_layers
+
+
+class UpdatePruning(keras.callbacks.Callback):
+    """Prunes the prunable layers of a model while it trains, when their schedules say so.
+
+    Step `s` of a schedule is the moment when `s` batches have been trained; an event at step 0 comes before the first batch.
+    With `steps_per_execution`, the last event that falls into an execution takes place at its end. The step is saved with
+    the model, so that training goes on where it stopped. After an event the logs hold `sparsity`, the fraction of zeros over
+    all prunable weights: the progress bar, `History` and TensorBoard show it (put this callback before TensorBoard).
+
+    Args:
+        pruning_schedule: the schedule of the layers that have none of their own: one of `keras_renorm.schedules`, one of
+            tfmot, or a callable `step -> (should_prune, sparsity)`.
+
+    Raises:
+        ValueError: when training begins, if the model has no prunable layers, or one of them has no schedule; at an event,
+            if a kernel holds NaN or infinity (no layer is changed then).
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((4,)), kr.layers.PrunableDense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> schedule = kr.schedules.PolynomialDecay(0.0, 0.75, begin_step=0, end_step=4, frequency=1)
+    >>> x, y = np.ones((8, 4)), np.ones((8, 1))
+    >>> history = model.fit(x, y, batch_size=2, verbose=0, callbacks=[kr.callbacks.UpdatePruning(schedule)])
+    >>> history.history["sparsity"]
+    [0.75]
+
+    In a training loop of your own, call `step()` after every batch:
+
+    ```python
+    pruning = kr.callbacks.UpdatePruning(schedule)
+    pruning.set_model(model)
+    for x, y in batches:
+        train_step(x, y)
+        pruning.step()
+    ```
+    """
+
+    def __init__(self, pruning_schedule: Any = None):
+        super().__init__()
+        self.pruning_schedule = schedules.get(pruning_schedule)
+        self.sparsity = None
+        self._layers = None
+
+    def on_train_begin(self, logs=None):
+        self._begin()
+        if self._trained == NEVER:
+            self._advance(1)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last_batch = -1
+
+    def on_train_batch_end(self, batch, logs=None):
+        # An execution of several steps may reach past the end of the epoch.
+        steps = (self.params or {}).get("steps")
+        batch = batch if steps is None else min(batch, steps - 1)
+        self._advance(batch - self._last_batch)
+        self._last_batch = batch
+        self._log(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._save_step()
+        self._log(logs)
+
+    def on_train_end(self, logs=None):
+        self._save_step()
+
+    def step(self) -> None:
+        """Count one trained batch, in a training loop of your own, and prune if an event is due."""
+        if self._layers is None:
+            self._begin()
+            self._trained = max(self._trained, 0)
+        self._advance(1)
+        self._save_step()
+
+    def _begin(self) -> None:
+        layers = masked_layers(self.model)
+        if not layers:
+            raise ValueError(
+                f"Model '{self.model.name}' has no prunable layers, so `UpdatePruning` has nothing to do. Convert it first: "
+                "`model = keras_renorm.to_prunable(model)`."
+            )
+        missing = [layer.name for layer in layers if layer.pruning_schedule is None]
+        if missing and self.pruning_schedule is None:
+            raise ValueError(
+                f"Layers {missing} have no pruning schedule. Pass one for all layers, `UpdatePruning(pruning_schedule)`, or "
+                "to the layers: `keras_renorm.to_prunable(model, pruning_schedule=...)`."
+            )
+        self._layers = [(layer, layer.pruning_schedule or self.pruning_schedule) for layer in layers]
+        self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer in layers)
+        self._measure()
+
+    def _advance(self, batches: int) -> None:
+        """Count trained batches and run the events that fall due; of several for one layer, the last."""
+        due: dict[int, float] = {}
+        answers = {}
+        for step in range(self._trained + 1, self._trained + 1 + batches):
+            for index, (_, schedule) in enumerate(self._layers):
+                key = (id(schedule), step)
+                if key not in answers:
+                    answers[key] = schedules.evaluate(schedule, step)
+                should_prune, sparsity = answers[key]
+                if should_prune:
+                    due[index] = sparsity
+        self._trained += batches
+        for layer, _ in self._layers:
+            layer.trained_steps = self._trained
+        if due:
+            # On JAX, asking for the model brings the values of its variables up to date.
+            assert self.model is not None
+            layers = {self._layers[index][0]: sparsity for index, sparsity in due.items()}
+            # All are computed before one is changed: a kernel that has become NaN leaves the model as it was.
+            updates = {layer: layer.compute_masks(sparsity) for layer, sparsity in layers.items()}
+            for layer, update in updates.items():
+                layer.assign_masks(update)
+            self._measure()
+            self._save_step()
+
+    def _measure(self) -> None:
+        counts = [layer.count_kept() for layer, _ in self._layers]
+        self.sparsity = 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
+
+    def _save_step(self) -> None:
+        assert self.model is not None
+        for layer, _ in self._layers:
+            layer.pruning_step.assign(self._trained)
+
+    def _log(self, logs: dict | None) -> None:
+        if logs is not None:
+            logs["sparsity"] = self.sparsity

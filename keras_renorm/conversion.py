@@ -1,0 +1,304 @@
+"""From a plain model to one with prunable layers, and back."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from typing import Any, Callable, Iterator
+
+import keras
+from keras import ops
+from keras.src.models import Functional
+
+from keras_renorm import validation
+from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
+from keras_renorm.layers.kernels import find_kernels
+from keras_renorm.layers.masked import MaskedLayer, masked_layers, plain_values, plain_variables
+
+_DROP_IN = {cls.plain_class: cls for cls in (PrunableDense, PrunableConv2D)}
+_REBUILT = (keras.Sequential, Functional)
+
+
+def to_prunable(
+    model: keras.Model,
+    layers: Any = None,
+    pruning_schedule: Any = None,
+    criterion: Any = "magnitude",
+    pattern: Any = "unstructured",
+    group: str = "layer",
+    renormalize: Any = "auto",
+    regrow: bool = False,
+    from_zeros: bool = False,
+) -> keras.Model:
+    """The same model with prunable layers: same names, same weights, same outputs.
+
+    Dense and Conv2D become `PrunableDense` and `PrunableConv2D`, other layers with kernels are wrapped by
+    `RenormalizedPruning`. The model passed in stays as it is. If it was compiled, the new one is too, with a fresh optimizer.
+
+    Args:
+        model: a built Sequential or Functional model; models inside it are converted too.
+        layers: which layers: a name (or glob, such as `"block_*"`), a layer class, a predicate `layer -> bool`, or a list
+            of these; `None` for all that have something to prune. A chosen layer that cannot be pruned stays as it is, and a
+            warning lists it.
+        pruning_schedule: when to prune and how much; `None` leaves it to `keras_renorm.callbacks.UpdatePruning`.
+        criterion: what scores the weights.
+        pattern: which weights live and die together.
+        group: `"layer"` or `"unit"`: which weights compete with each other.
+        renormalize: `"auto"`, `"l1"`, `"l2"`, a renormalizer, or `None`.
+        regrow: whether a removed weight may come back at a later event.
+        from_zeros: take the zeros of the kernels as the masks, to fine-tune a sparse model without losing its sparsity.
+
+    Returns:
+        A new model.
+
+    Raises:
+        ValueError: if the model is not built, is a subclassed one, or has nothing to prune.
+        TypeError: if it is not a Keras 3 model.
+
+    Example:
+
+    >>> import keras, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="fc")])
+    >>> type(kr.to_prunable(model).get_layer("fc")).__name__
+    'PrunableDense'
+    """
+    validation.check_model(model)
+    pruning = dict(
+        pruning_schedule=pruning_schedule,
+        criterion=criterion,
+        pattern=pattern,
+        group=group,
+        renormalize=renormalize,
+        regrow=regrow,
+    )
+    # Checks every argument before any work is done.
+    RenormalizedPruning(keras.layers.Dense(1), **pruning)
+    chosen = choose_layers(model, layers)
+
+    def convert(layer):
+        if id(layer) not in chosen:
+            return None
+        if type(layer) in _DROP_IN:
+            return _DROP_IN[type(layer)].from_config({**layer.get_config(), **pruning})
+        return RenormalizedPruning(_copy(layer), name=layer.name, trainable=layer.trainable, **pruning)
+
+    converted, _ = rebuild(model, convert)
+    if from_zeros:
+        for layer in masked_layers(converted):
+            for kernel in layer.masked_kernels:
+                kernel.mask.assign(ops.not_equal(kernel.variable, 0))
+    return converted
+
+
+def strip(model: keras.Model) -> keras.Model:
+    """The same model with plain Keras layers, whose kernels hold zeros where weights were pruned.
+
+    Masks and scales are multiplied into the kernels, so outputs stay the same. The layers get their original names, and the
+    result loads without keras_renorm. The model passed in stays as it is; one without prunable layers is copied.
+
+    Args:
+        model: a built Sequential or Functional model.
+
+    Returns:
+        A new model. It is compiled if `model` was, with a fresh optimizer.
+
+    Raises:
+        ValueError: if the model is not built, or is a subclassed one with prunable layers.
+
+    Example:
+
+    >>> import keras, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((4,)), kr.layers.PrunableDense(2)])
+    >>> type(kr.strip(model).layers[0]).__name__
+    'Dense'
+    """
+    validation.check_model(model)
+    message = never_pruned(model)
+    if message:
+        warnings.warn(message, stacklevel=2)
+    stripped, _ = rebuild(model, _plain_counterpart)
+    left = [layer.name for layer in masked_layers(stripped)]
+    if left:
+        raise ValueError(
+            f"Model '{model.name}' has prunable layers inside a layer or model of your own, which cannot be taken out from "
+            f"outside: {left}. Give your class an argument that chooses between the plain and the prunable layer, or wrap "
+            "the whole layer in `keras_renorm.layers.RenormalizedPruning` instead of the layers in it."
+        )
+    return stripped
+
+
+def _plain_counterpart(layer: keras.Layer) -> keras.Layer | None:
+    """A new layer without masks; `None` if there are none. Keras' own wrappers (TimeDistributed) are looked into."""
+    if isinstance(layer, MaskedLayer):
+        return layer.plain_layer()
+    if isinstance(layer, keras.layers.Wrapper) and (inner := _plain_counterpart(layer.layer)) is not None:
+        config = {**layer.get_config(), "layer": keras.saving.serialize_keras_object(inner)}
+        return type(layer).from_config(config)
+    return None
+
+
+def never_pruned(model: keras.Model) -> str | None:
+    """What to tell the user if layers have a schedule but no event ever ran, or `None`."""
+    idle = [
+        layer.name
+        for layer in masked_layers(model)
+        if layer.pruning_schedule is not None and layer.sparsity == 0 and int(layer.pruning_step) <= 0
+    ]
+    if not idle:
+        return None
+    return (
+        f"No pruning event ever ran: layers {idle} have a pruning schedule, but all their weights are still kept. Pass the "
+        "callback when training: `model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
+    )
+
+
+def choose_layers(model: keras.Model, layers: Any) -> dict[int, keras.Layer]:
+    """The layers of a plain model that are to be pruned, by `id`.
+
+    Args:
+        model: a built model.
+        layers: as in `to_prunable`.
+
+    Raises:
+        ValueError: if a name matches no layer, or nothing is left to prune.
+    """
+    selectors = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
+    candidates = list(outermost_layers(model))
+    for selector in selectors:
+        if isinstance(selector, str) and not any(fnmatch.fnmatchcase(layer.name, selector) for layer in candidates):
+            raise ValueError(
+                f"Argument `layers` names no layer of model '{model.name}'. Received: {selector!r}. Its layers are: "
+                f"{[layer.name for layer in candidates]}."
+            )
+    chosen, refused = {}, []
+    for layer in candidates:
+        if not any(_selects(selector, layer) for selector in selectors):
+            continue
+        try:
+            if find_kernels(layer):
+                chosen[id(layer)] = layer
+            elif layers is not None:
+                refused.append(f"layer '{layer.name}' has no kernel")
+        except ValueError as error:
+            refused.append(str(error))
+    if not chosen:
+        raise ValueError(
+            f"Model '{model.name}' has nothing to prune. Received: layers={layers!r}. "
+            + (f"Left as they are: {'; '.join(refused)}." if refused else "None of its layers has a kernel.")
+        )
+    if refused:
+        warnings.warn(f"Left as they are: {'; '.join(refused)}.", stacklevel=3)
+    return chosen
+
+
+def _selects(selector: Any, layer: keras.Layer) -> bool:
+    if selector is None:
+        return True
+    if isinstance(selector, str):
+        return fnmatch.fnmatchcase(layer.name, selector)
+    if isinstance(selector, type):
+        return isinstance(layer, selector)
+    if isinstance(selector, keras.Layer):
+        return layer is selector
+    if callable(selector):
+        return bool(selector(layer))
+    raise ValueError(
+        "Argument `layers` must be a name, a layer class, a predicate `layer -> bool`, or a list of these. "
+        f"Received: {selector!r}."
+    )
+
+
+def outermost_layers(model: keras.Model) -> Iterator[keras.Layer]:
+    """The layers of a model and of the Sequential and Functional models in it, each once."""
+    seen = set()
+
+    def walk(container):
+        for layer in container.layers:
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            if isinstance(layer, _REBUILT):
+                yield from walk(layer)
+            else:
+                yield layer
+
+    return walk(model)
+
+
+def rebuild(
+    model: keras.Model, convert: Callable[[keras.Layer], keras.Layer | None]
+) -> tuple[keras.Model, dict[int, keras.Layer]]:
+    """Build a model anew, layer by layer, with the weights copied.
+
+    Args:
+        model: a built model. A subclassed one is copied by its config, which `convert` cannot change.
+        convert: gives the new layer for a layer, or `None` for a copy of it.
+
+    Returns:
+        The new model, and its layer for the `id` of each layer of `model`.
+
+    Raises:
+        ValueError: if the model is a subclassed one and `convert` would change a layer of it.
+    """
+    if not isinstance(model, _REBUILT):
+        return _copy_subclassed(model, convert)
+    counterparts = {}
+
+    def clone(operation):
+        new = convert(operation) if isinstance(operation, keras.Layer) else None
+        new = _copy(operation) if new is None else new
+        counterparts[id(operation)] = new
+        return new
+
+    rebuilt = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    for layer in outermost_layers(model):
+        _copy_weights(layer, counterparts[id(layer)])
+    return rebuilt, counterparts
+
+
+def _copy_subclassed(model, convert):
+    changed = [layer.name for layer in outermost_layers(model) if convert(layer) is not None]
+    if changed:
+        raise ValueError(
+            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose layers {changed} cannot be "
+            "exchanged from outside. In your class, write `keras_renorm.layers.PrunableDense(...)` for "
+            "`keras.layers.Dense(...)` (and `PrunableConv2D` for `Conv2D`), or wrap a layer: "
+            "`keras_renorm.layers.RenormalizedPruning(layer)`. For a model that is trained already, "
+            "`keras_renorm.prune(model, sparsity)` works as it is."
+        )
+    try:
+        copy = keras.models.clone_model(model)
+        if not copy.built:
+            copy.build_from_config(model.get_build_config())
+        _copy_weights(model, copy)
+    except Exception as error:
+        raise ValueError(
+            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}) and could not be copied by its "
+            f"config: {error}. Give the class `get_config()` with all arguments of its constructor, and a `build()` that "
+            "builds its layers."
+        ) from error
+    counterparts = {
+        id(old): new
+        for old, new in zip(model._flatten_layers(include_self=False), copy._flatten_layers(include_self=False))
+    }
+    return copy, counterparts
+
+
+def _copy(operation: Any) -> Any:
+    config = operation.get_config()
+    if isinstance(operation, keras.layers.Lambda):
+        # Not read from a file, so the function can be trusted.
+        return type(operation).from_config(config, safe_mode=False)
+    return type(operation).from_config(config)
+
+
+def _copy_weights(source: keras.Layer, target: keras.Layer) -> None:
+    values, variables = plain_values(source), plain_variables(target)
+    if [value.shape for value in values] != [variable.shape for variable in variables]:
+        raise ValueError(
+            f"Layer '{source.name}' (of type {type(source).__name__}) does not get its weights back when it is made from its "
+            f"config: it has {[tuple(value.shape) for value in values]}, its copy has "
+            f"{[tuple(variable.shape) for variable in variables]}. Check its `get_config()` and `build()`."
+        )
+    for value, variable in zip(values, variables):
+        variable.assign(value)

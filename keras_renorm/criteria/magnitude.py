@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import numpy as np
+
+from keras_renorm import serialization
+from keras_renorm.criteria.base import Criterion
+
+
+@serialization.register
+class Magnitude(Criterion):
+    """The absolute value of the weight (default): `|w|`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_renorm.criteria import Magnitude
+    >>> Magnitude()(np.array([[-2.0, 1.0]]))
+    array([[2., 1.]])
+    """
+
+    def __call__(self, kernel):
+        return np.abs(kernel)

@@ -1,0 +1,60 @@
+"""One event: score, mask and renormalize one kernel."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import numpy as np
+
+from keras_renorm import masks, patterns, validation
+from keras_renorm.criteria.base import score
+
+
+def prune_kernel(
+    kernel: np.ndarray,
+    sparsity: float,
+    criterion: Callable,
+    pattern: patterns.Pattern,
+    group: str,
+    renormalize: Callable | None,
+    input_axes: tuple[int, ...],
+    mask: np.ndarray | None = None,
+    scale: Any = 1.0,
+    regrow: bool = False,
+    description: str = "The kernel",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mask and the scales that a kernel gets.
+
+    Args:
+        kernel: array, hidden values of masked weights included.
+        sparsity: fraction of the weights to remove, in [0, 1).
+        criterion: callable `kernel -> scores`.
+        pattern: which weights live and die together.
+        group: `"layer"` or `"unit"`.
+        renormalize: callable `(before, after, input_axes) -> scales`, or `None`.
+        input_axes: axes that run over the inputs of one unit.
+        mask: the mask until now; `None` for none.
+        scale: the scales until now, broadcasting against the kernel.
+        regrow: whether a weight that `mask` removes may come back.
+        description: the kernel's name in error messages.
+
+    Returns:
+        The new mask (bool, shaped like `kernel`) and the new scales (broadcasting against it).
+
+    Raises:
+        ValueError: if a kept weight is NaN or infinite.
+    """
+    scaled = kernel if np.all(np.equal(scale, 1)) else kernel * scale
+    pruned_before = mask is not None and not mask.all()
+    current = np.where(mask, scaled, 0) if pruned_before else scaled
+    validation.check_finite(current, description)
+    scores = score(criterion, scaled if regrow else current)
+    if pruned_before and not regrow:
+        # Below every weight that is still there, so that the count comes out exactly.
+        scores = np.where(mask, scores, np.nextafter(scores.min(), -np.inf))
+    new_mask = masks.compute_mask(scores, sparsity, pattern, group, input_axes)
+    if pruned_before and not regrow:
+        new_mask &= mask
+    if renormalize is not None:
+        scale = renormalize(current, np.where(new_mask, kernel, 0), input_axes)
+    return new_mask, scale

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import keras
+
+from keras_renorm import serialization
+from keras_renorm.layers.masked import MaskedLayer, drop_in
+from keras_renorm.layers.plain import PlainSubclass
+
+
+@drop_in
+@serialization.register
+class PrunableDense(PlainSubclass, MaskedLayer, keras.layers.Dense):
+    """`keras.layers.Dense` with a mask over its kernel and a renormalizing scale for each unit.
+
+    Computes `activation(dot(inputs, kernel * mask) * scale + bias)`. Takes every argument of `keras.layers.Dense` in its
+    order, and the pruning arguments below by keyword.
+
+    Args:
+        pruning_schedule: when to prune and how much: a schedule of `keras_renorm.schedules` or of tfmot, or `None` to
+            leave it to the callback.
+        criterion: what scores the weights, `"magnitude"` by default.
+        pattern: which weights live and die together, `"unstructured"` by default.
+        group: `"layer"` (default) or `"unit"`: which weights compete with each other.
+        renormalize: `"auto"`, `"l1"`, `"l2"`, an instance of `keras_renorm.renorm.L1` or `L2`, or `None`.
+        regrow: whether a removed weight may come back at a later event.
+
+    Attributes:
+        mask: bool variable of shape `(inputs, units)`, `True` = kept.
+        scale: float variable of shape `(units,)`.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> layer = kr.layers.PrunableDense(2)
+    >>> layer.build((None, 4))
+    >>> layer.update_masks(sparsity=0.75)
+    >>> layer.sparsity
+    0.75
+    """
+
+    plain_class = keras.layers.Dense
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self._add_masks(self)
+
+    def call(self, inputs, training=None):
+        return self._call_masked(self, super().call, inputs, training=training)

@@ -1,0 +1,249 @@
+"""What every prunable layer has: masks and scales beside its kernels, applied in `call`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, Callable
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm import criteria, masks, patterns, renorm, schedules, serialization, validation
+from keras_renorm.events import prune_kernel
+from keras_renorm.layers.kernels import Kernel, find_kernels
+
+NEVER = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedKernel(Kernel):
+    """A kernel with its mask (bool, shaped like it) and its scale (float, broadcasts against it)."""
+
+    mask: keras.Variable
+    scale: keras.Variable
+
+    def effective(self) -> Any:
+        """What the layer computes with: a tensor, zero where the mask is, without a gradient for what is masked."""
+        kernel = ops.convert_to_tensor(self.variable)
+        scaled = kernel * ops.cast(self.scale, kernel.dtype)
+        # `where`, not a product: a masked value may have become infinite and still must not count.
+        return ops.where(self.mask, scaled, ops.zeros_like(kernel))
+
+
+class MaskedLayer:
+    """Mix-in for layers whose kernels are pruned while the layer is in use. Stands before the Keras layer in the bases.
+
+    Args:
+        pruning_schedule: when to prune and how much; `None` leaves it to the callback.
+        criterion: what scores the weights.
+        pattern: which weights live and die together.
+        group: `"layer"` or `"unit"`: which weights compete with each other.
+        renormalize: what is done to the survivors at each event; `None` for nothing.
+        regrow: whether a removed weight may come back at a later event.
+    """
+
+    def __init__(
+        self,
+        *args,
+        pruning_schedule=None,
+        criterion="magnitude",
+        pattern="unstructured",
+        group="layer",
+        renormalize="auto",
+        regrow=False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if getattr(self, "lora_rank", None):
+            self.enable_lora(self.lora_rank)
+        self.pruning_schedule = schedules.get(pruning_schedule)
+        self.criterion = criteria.get(criterion)
+        self.pattern = patterns.get(pattern)
+        self.group = validation.check_choice(group, masks.GROUPS, "group")
+        self.pattern.check(0.0, group)
+        self.renormalize = renorm.get(renormalize, group)
+        self.regrow = bool(regrow)
+        self.masked_kernels = ()
+        # How many batches were trained, kept by the callback; the variable follows at events and when the layer is saved.
+        self.trained_steps = None
+
+    def _add_masks(self, layer: keras.Layer) -> None:
+        """Create a mask and a scale for every kernel of `layer`; to be called at the end of `build`."""
+        kernels = find_kernels(layer)
+        if not kernels:
+            raise ValueError(
+                f"Layer '{layer.name}' (of type {type(layer).__name__}) has nothing to prune: it has no kernel. A layer of "
+                "your own can name its weights with a method `get_prunable_weights()` that returns a list of variables."
+            )
+        masked = []
+        for kernel in kernels:
+            inner_path = kernel.variable.path.removeprefix(f"{layer.path}/")
+            prefix = "" if len(kernels) == 1 else inner_path.replace("/", "_") + "_"
+            mask = self.add_weight(
+                name=f"{prefix}mask", shape=kernel.variable.shape, dtype="bool", initializer="ones", trainable=False
+            )
+            scale = self.add_weight(
+                name=f"{prefix}scale",
+                shape=_scale_shape(kernel),
+                dtype="float32",
+                initializer="ones",
+                trainable=False,
+            )
+            masked.append(MaskedKernel(kernel.variable, kernel.input_axes, mask, scale))
+            if kernel.variable.regularizer is not None:
+                kernel.variable.regularizer = _regularize_effective(kernel.variable.regularizer, masked[-1])
+        self.pruning_step = self.add_weight(
+            name="pruning_step", shape=(), dtype="int32", initializer=keras.initializers.Constant(NEVER), trainable=False
+        )
+        self.masked_kernels = tuple(masked)
+
+    def _call_masked(self, layer: keras.Layer, function: Callable, *args, **kwargs) -> Any:
+        """Call `function`, which reads the variables of `layer`, with the effective kernels in place of the kernels."""
+        effective = {id(kernel.variable): kernel.effective() for kernel in self.masked_kernels}
+        variables = layer.variables + layer.metrics_variables
+        # Within a scope only mapped variables have the values of the scopes around it, so all are mapped.
+        scope = keras.StatelessScope(
+            [(variable, effective.get(id(variable), variable)) for variable in variables],
+            collect_losses=True,
+            initialize_variables=False,
+        )
+        before = [scope.get_current_value(variable) for variable in variables]
+        with scope:
+            outputs = function(*args, **kwargs)
+        for variable, value in zip(variables, before):
+            updated = scope.get_current_value(variable)
+            if updated is not value:
+                variable.assign(updated)
+        for loss in scope.losses:
+            self.add_loss(loss)
+        return outputs
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the masks."""
+        kept, size = self.count_kept()
+        return 1 - kept / size
+
+    def count_kept(self) -> tuple[int, int]:
+        """How many weights of the kernels are kept, out of how many."""
+        kept = sum(int(np.count_nonzero(ops.convert_to_numpy(kernel.mask))) for kernel in self.masked_kernels)
+        return kept, sum(kernel.size for kernel in self.masked_kernels)
+
+    def update_masks(self, sparsity: float) -> None:
+        """One event: prune every kernel to `sparsity` and renormalize what is left.
+
+        Raises:
+            ValueError: if a kernel holds NaN or infinity, or the pattern cannot give the sparsity; nothing is changed then.
+        """
+        self.assign_masks(self.compute_masks(sparsity))
+
+    def compute_masks(self, sparsity: float) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The masks and scales of an event, in the order of `masked_kernels`, without assigning them."""
+        return [self._compute_mask(kernel, sparsity) for kernel in self.masked_kernels]
+
+    def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Set mask and scale of every kernel."""
+        for kernel, (mask, scale) in zip(self.masked_kernels, masks_and_scales):
+            kernel.mask.assign(mask)
+            kernel.scale.assign(np.reshape(scale, kernel.scale.shape))
+
+    def _compute_mask(self, masked: MaskedKernel, sparsity: float) -> tuple[np.ndarray, np.ndarray]:
+        kernel, mask, scale = (
+            ops.convert_to_numpy(variable) for variable in (masked.variable, masked.mask, masked.scale)
+        )
+        return prune_kernel(
+            kernel,
+            sparsity,
+            self.criterion,
+            self.pattern,
+            self.group,
+            self.renormalize,
+            masked.input_axes,
+            mask=mask,
+            scale=scale,
+            regrow=self.regrow,
+            description=f"Kernel '{masked.variable.path}' of layer '{self.name}'",
+        )
+
+    def plain_layer(self) -> keras.Layer:
+        """A new layer without masks of the same configuration; its weights are not copied."""
+        raise NotImplementedError
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"{type(self).__name__} does not take LoRA (`lora_rank`, `enable_lora`): merging its update would fill the "
+            "pruned weights in again. Train with LoRA first and prune the merged model, or `keras_renorm.strip` this "
+            "model and enable LoRA on the result."
+        )
+
+    def save_own_variables(self, store):
+        if self.trained_steps is not None:
+            self.pruning_step.assign(self.trained_steps)
+        # Not the Keras layer's own, which stores only the variables that it knows of.
+        keras.Layer.save_own_variables(self, store)
+
+    def load_own_variables(self, store):
+        keras.Layer.load_own_variables(self, store)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "pruning_schedule": schedules.serialize(self.pruning_schedule),
+            "criterion": serialization.serialize(self.criterion),
+            "pattern": serialization.serialize(self.pattern),
+            "group": self.group,
+            "renormalize": serialization.serialize(self.renormalize),
+            "regrow": self.regrow,
+        }
+
+
+PRUNING_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(MaskedLayer.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def drop_in(cls: type) -> type:
+    """Class decorator: show the Keras layer's own signature, with the pruning arguments as keyword-only ones behind it."""
+    plain = inspect.signature(cls.plain_class.__init__).parameters.values()
+    pruning = [inspect.signature(MaskedLayer.__init__).parameters[name] for name in PRUNING_ARGUMENTS]
+    kwargs = [parameter for parameter in plain if parameter.kind is parameter.VAR_KEYWORD]
+    arguments = [parameter for parameter in plain if parameter.kind is not parameter.VAR_KEYWORD]
+    cls.__signature__ = inspect.Signature(arguments[1:] + pruning + kwargs)
+    return cls
+
+
+def masked_layers(layer: keras.Layer) -> list[MaskedLayer]:
+    """All built layers with masks in a model (or layer, itself included), in order, each once."""
+    return [part for part in layer._flatten_layers() if isinstance(part, MaskedLayer) and part.masked_kernels]
+
+
+def plain_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The variables of a layer but for masks, scales and steps: those of its plain counterpart, in its order."""
+    added = set()
+    for part in masked_layers(layer):
+        added.add(id(part.pruning_step))
+        added.update(id(variable) for kernel in part.masked_kernels for variable in (kernel.mask, kernel.scale))
+    return [variable for variable in layer.variables if id(variable) not in added]
+
+
+def plain_values(layer: keras.Layer) -> list[Any]:
+    """What `plain_variables` must hold in the plain counterpart for it to compute what `layer` computes."""
+    effective = {id(kernel.variable): kernel for part in masked_layers(layer) for kernel in part.masked_kernels}
+    return [effective[id(v)].effective() if id(v) in effective else v for v in plain_variables(layer)]
+
+
+def _scale_shape(kernel: Kernel) -> list[int]:
+    """The shortest shape that broadcasts against the kernel with one number a unit: `(units,)` for a Dense kernel."""
+    shape = [1 if axis in kernel.input_axes else side for axis, side in enumerate(kernel.variable.shape)]
+    while len(shape) > 1 and shape[0] == 1:
+        shape.pop(0)
+    return shape
+
+
+def _regularize_effective(regularizer: Callable, kernel: MaskedKernel) -> Callable:
+    """The regularizer of what the layer computes with, so that masked values neither cost nor move."""
+    return lambda variable: regularizer(kernel.effective())

@@ -1,0 +1,177 @@
+"""Which weights live and die together.
+
+A pattern groups the weights of a kernel into cells, each with one score; a mask keeps or removes whole cells. Scores come
+with the inputs first and the units last: shape `(..., inputs, units)`, where the axis before the last is the one that
+TFLite stores innermost (the input channels of a convolution).
+
+A new pattern is one class here and one row of `KNOWN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keras_renorm import serialization
+
+
+class Pattern(serialization.Configurable):
+    """Base class: cells are single weights and every one of them may be removed."""
+
+    def cells(self, scores: np.ndarray) -> np.ndarray:
+        """One score a cell, as a matrix with units last; `inf` marks a cell that always stays.
+
+        Args:
+            scores: array of shape `(..., inputs, units)`, larger = keep.
+
+        Returns:
+            Array of shape `(cells, unit cells)`.
+        """
+        return scores.reshape(-1, scores.shape[-1])
+
+    def expand(self, kept: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Spread kept cells over their weights: bool of the shape of `cells` -> bool of shape `shape`."""
+        return kept.reshape(shape)
+
+    def check(self, sparsity: float, group: str) -> None:
+        """Raise `ValueError` for a sparsity or a group that the pattern cannot give."""
+
+
+@serialization.register
+class Unstructured(Pattern):
+    """Single weights (default).
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.patterns.get("unstructured")
+    Unstructured()
+    """
+
+
+@serialization.register
+class Block(Pattern):
+    """Rectangular blocks of the kernel seen as a matrix `(inputs, units)`.
+
+    A convolution's kernel `(height, width, channels, filters)` is seen as `(height * width * channels, filters)`. Blocks at
+    the edge are smaller where the size does not divide. A block's score is the sum of its weights' scores.
+
+    Args:
+        size: pair of integers `(inputs, units)`. `(4, 1)` is the 1x4 block of TFLite, whose kernels are
+            `(units, inputs)`: four consecutive inputs of one unit.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.patterns.Block((4, 1))
+    Block(size=(4, 1))
+    """
+
+    def __init__(self, size: tuple[int, int] = (4, 1)):
+        if len(tuple(size)) != 2 or any(not isinstance(side, (int, np.integer)) or side < 1 for side in size):
+            raise ValueError(
+                "Argument `size` must be two positive integers `(inputs, units)`, such as (4, 1). "
+                f"Received: size={size!r}."
+            )
+        self.size = tuple(int(side) for side in size)
+
+    def cells(self, scores):
+        matrix = super().cells(scores)
+        for axis, side in enumerate(self.size):
+            if side > 1:
+                matrix = np.add.reduceat(matrix, np.arange(0, matrix.shape[axis], side), axis=axis)
+        return matrix
+
+    def expand(self, kept, shape):
+        units = shape[-1]
+        inputs = int(np.prod(shape[:-1]))
+        rows = np.repeat(kept, self.size[0], axis=0)[:inputs]
+        return np.repeat(rows, self.size[1], axis=1)[:, :units].reshape(shape)
+
+
+@serialization.register
+class NOfM(Pattern):
+    """At most `n` weights of every `m` consecutive inputs of a unit, counted along the axis that TFLite stores innermost.
+
+    Its full sparsity is `1 - n / m`. At a lower one (a schedule on its way) the weights with the lowest scores among those
+    that would go are removed. A run at the end that is shorter than `m` keeps up to `n` weights.
+
+    Args:
+        n: how many weights of a run stay.
+        m: length of a run.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.patterns.NOfM(2, 4).sparsity
+    0.5
+    """
+
+    def __init__(self, n: int = 2, m: int = 4):
+        if not all(isinstance(value, (int, np.integer)) for value in (n, m)) or not 0 < n < m:
+            raise ValueError(
+                f"Arguments `n` and `m` must be integers with 0 < n < m, such as 2, 4. Received: n={n!r}, m={m!r}."
+            )
+        self.n, self.m = int(n), int(m)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def check(self, sparsity, group):
+        if sparsity > self.sparsity + 1e-9:
+            raise ValueError(
+                f"Pattern {self!r} removes {self.sparsity:.0%} of the weights at most. Received: sparsity={sparsity}. "
+                f"Pass `sparsity={self.sparsity}`, or another pattern."
+            )
+
+    def cells(self, scores):
+        *outer, inputs, units = scores.shape
+        runs = -(-inputs // self.m)
+        padded = scores
+        if inputs % self.m:
+            # What pads a short run counts as its first weights to go.
+            padding = [(0, 0)] * len(outer) + [(0, runs * self.m - inputs), (0, 0)]
+            padded = np.pad(scores, padding, constant_values=-np.inf)
+        padded = padded.reshape(-1, self.m, units)
+        beaten_by = np.zeros(padded.shape, np.uint8)
+        for first in range(self.m):
+            for second in range(first + 1, self.m):
+                first_wins = padded[:, first] >= padded[:, second]
+                beaten_by[:, second] += first_wins
+                beaten_by[:, first] += ~first_wins
+        goes = (beaten_by >= self.n).reshape(*outer, runs * self.m, units)[..., :inputs, :]
+        return np.where(goes, scores, np.inf).reshape(-1, units)
+
+
+@serialization.register
+class Unit(Pattern):
+    """Whole units: columns of a Dense kernel, filters of a convolution. A unit's score is the sum of its weights' scores."""
+
+    def check(self, sparsity, group):
+        if group == "unit":
+            raise ValueError(
+                "Pattern 'unit' removes whole units, which cannot compete within a unit. Received: group='unit'. "
+                "Pass `group='layer'`."
+            )
+
+    def cells(self, scores):
+        return super().cells(scores).sum(axis=0, keepdims=True)
+
+    def expand(self, kept, shape):
+        return np.broadcast_to(kept.reshape(-1), shape).copy()
+
+
+KNOWN = {"unstructured": Unstructured, "block": Block, "n_of_m": NOfM, "unit": Unit}
+
+
+def get(identifier: Any) -> Pattern:
+    """The pattern that a name, an instance or a config stands for."""
+    pattern = serialization.get(identifier, KNOWN, Pattern, "pattern")
+    if not isinstance(pattern, Pattern):
+        raise ValueError(
+            f"Argument `pattern` must be one of {sorted(KNOWN)} or an instance of `keras_renorm.patterns.Pattern`. "
+            f"Received: pattern={identifier!r}."
+        )
+    return pattern

@@ -1,0 +1,115 @@
+"""What is done to the surviving weights so that each unit computes what it computed before.
+
+A renormalizer is called as `renormalizer(before, after, input_axes)` with two kernels, the one that the layer computed with
+until now and what is left of it, and returns one scale a unit. A new one is one class here and one row of `KNOWN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keras_renorm import serialization, validation
+
+GRANULARITIES = ("unit", "layer")
+
+
+class Renormalizer(serialization.Configurable):
+    """Base class of what turns a pruned kernel into scales."""
+
+    def __call__(self, before: np.ndarray, after: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:
+        """One scale a unit.
+
+        Args:
+            before: the kernel that the layer computed with until now.
+            after: the kernel with the removed weights set to zero, not yet scaled.
+            input_axes: axes that run over the inputs of one unit.
+
+        Returns:
+            Array that broadcasts against the kernel: its shape with `input_axes` of length one.
+        """
+        raise NotImplementedError
+
+
+class _KeepNorm(Renormalizer):
+    """Scale that gives each unit back the norm that its weights had.
+
+    Args:
+        granularity: `"unit"` for one scale a unit, `"layer"` for the same scale for all units of a layer.
+        max_scale: upper bound of a scale, or `None`. It must be at least 1.
+    """
+
+    def __init__(self, granularity: str = "unit", max_scale: float | None = None):
+        self.granularity = validation.check_choice(granularity, GRANULARITIES, "granularity")
+        if max_scale is not None and not (np.isreal(max_scale) and 1 <= max_scale < np.inf):
+            raise ValueError(
+                f"Argument `max_scale` must be `None` or a number of at least 1. Received: max_scale={max_scale!r}."
+            )
+        self.max_scale = max_scale
+
+    def norm(self, kernel: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+        raise NotImplementedError
+
+    def __call__(self, before, after, input_axes):
+        axes = tuple(range(before.ndim)) if self.granularity == "layer" else tuple(input_axes)
+        wanted, left = self.norm(before, axes), self.norm(after, axes)
+        scale = np.ones_like(wanted)
+        # A unit without survivors (or one that was dead before) has nothing to keep.
+        np.divide(wanted, left, out=scale, where=(wanted > 0) & (left > 0))
+        if self.max_scale is not None:
+            scale = np.minimum(scale, self.max_scale)
+        shape = [1 if axis in input_axes else size for axis, size in enumerate(before.shape)]
+        return np.broadcast_to(scale, shape).astype(np.float32)
+
+
+@serialization.register
+class L1(_KeepNorm):
+    """Keep the sum of the absolute weights: `s_j = ||W_j||_1 / ||W_j M_j||_1`.
+
+    Source: M. Rawson, Renormalized sparse neural network pruning, arXiv 2206.10088. The formula is the natural reading of
+    its abstract; the paper's own text was not at hand.
+
+    Args:
+        granularity: `"unit"` (as the paper) or `"layer"`.
+        max_scale: upper bound of a scale, or `None`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_renorm.renorm import L1
+    >>> before, after = np.array([[3.0], [1.0]]), np.array([[3.0], [0.0]])
+    >>> float(L1()(before, after, input_axes=(0,))[0, 0])  # (3 + 1) / 3
+    1.3333333730697632
+    """
+
+    def norm(self, kernel, axes):
+        return np.abs(kernel).sum(axis=axes, keepdims=True)
+
+
+@serialization.register
+class L2(_KeepNorm):
+    """Keep the Euclidean norm: `s_j = ||W_j||_2 / ||W_j M_j||_2`. Arguments and source as for `L1`."""
+
+    def norm(self, kernel, axes):
+        return np.sqrt(np.square(kernel).sum(axis=axes, keepdims=True))
+
+
+KNOWN = {"l1": L1, "l2": L2}
+
+
+def get(identifier: Any, group: str = "layer") -> Any:
+    """The renormalizer that a name, an instance or a config stands for.
+
+    Args:
+        identifier: `None` for plain pruning, `"auto"`, a name, an instance, a config, or a callable.
+        group: which weights compete; `"auto"` depends on it.
+
+    Returns:
+        A callable `(before, after, input_axes) -> scales`, or `None`.
+    """
+    if identifier is None:
+        return None
+    if isinstance(identifier, str) and identifier == "auto":
+        return L1() if group == "unit" else None
+    return serialization.get(identifier, KNOWN | {"auto": None}, Renormalizer, "renormalize")

@@ -1,0 +1,127 @@
+"""What is pruned in a model, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm import validation
+from keras_renorm.conversion import never_pruned, outermost_layers
+from keras_renorm.layers.kernels import find_kernels
+from keras_renorm.layers.masked import MaskedLayer, masked_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel: `kept` of its `weights` are not pruned; `scale` is the smallest and the largest scale of its units."""
+
+    layer: str
+    kernel: str
+    pattern: str
+    weights: int
+    kept: int
+    scale: tuple[float, float]
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The kernels of a model. Printing it shows a table; `rows`, `sparsity` and `notes` are the data."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(row.weights for row in self.rows)
+
+    @property
+    def kept(self) -> int:
+        return sum(row.kept for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all prunable weights; biases and normalization weights do not count."""
+        return 1 - self.kept / self.weights if self.weights else 0.0
+
+    def __str__(self) -> str:
+        header = ("layer", "kernel", "pattern", "weights", "kept", "sparsity", "scale")
+        cells = [
+            (
+                row.layer,
+                row.kernel,
+                row.pattern,
+                f"{row.weights:,}",
+                f"{row.kept:,}",
+                f"{row.sparsity:.4f}",
+                "1" if row.scale == (1, 1) else f"{row.scale[0]:.3g} to {row.scale[1]:.3g}",
+            )
+            for row in self.rows
+        ]
+        cells.append(("total", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.4f}", ""))
+        widths = [max(map(len, column)) for column in zip(header, *cells)]
+        lines = [
+            "  ".join(text.rjust(width) if 3 <= index <= 5 else text.ljust(width)
+                      for index, (text, width) in enumerate(zip(line, widths))).rstrip()
+            for line in (header, *cells)
+        ]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self.notes])
+
+    __repr__ = __str__
+
+
+def summary(model: keras.Model) -> Summary:
+    """What is pruned in a model.
+
+    Zeros count as pruned, whether a mask makes them or, in a plain model, the kernel holds them.
+
+    Args:
+        model: a built model, with prunable layers or plain.
+
+    Returns:
+        A `Summary`: print it for a table, or take its `rows`, `sparsity` and `notes`.
+
+    Example:
+
+    >>> import keras, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> kr.summary(kr.prune(model, sparsity=0.75)).sparsity
+    0.75
+    """
+    validation.check_model(model)
+    rows, notes = [], []
+    for layer in outermost_layers(model):
+        masked = [kernel for part in masked_layers(layer) for kernel in part.masked_kernels]
+        if masked:
+            parts = masked_layers(layer)
+            rows += [_masked_row(layer, part, kernel) for part in parts for kernel in part.masked_kernels]
+            continue
+        try:
+            rows += [_plain_row(layer, kernel) for kernel in find_kernels(layer)]
+        except ValueError as error:
+            notes.append(f"Not pruned: {error}.")
+    idle = never_pruned(model)
+    return Summary(tuple(rows), tuple(notes + ([idle] if idle else [])))
+
+
+def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:
+    scale = ops.convert_to_numpy(kernel.scale)
+    kept = int(np.count_nonzero(ops.convert_to_numpy(kernel.mask)))
+    limits = (float(scale.min()), float(scale.max()))
+    return Row(layer.name, _name(kernel, layer), repr(part.pattern), kernel.size, kept, limits)
+
+
+def _plain_row(layer: keras.Layer, kernel) -> Row:
+    kept = int(np.count_nonzero(ops.convert_to_numpy(kernel.variable)))
+    return Row(layer.name, _name(kernel, layer), "-", kernel.size, kept, (1.0, 1.0))
+
+
+def _name(kernel, layer: keras.Layer) -> str:
+    return kernel.variable.path.removeprefix(f"{layer.path}/")
