@@ -1,7 +1,8 @@
 """Prune Keras models and give them their accuracy back."""
 
-from keras_renorm import callbacks, criteria, layers, patterns, renorm, schedules
+from keras_renorm import callbacks, criteria, export, layers, patterns, renorm, schedules
 from keras_renorm.conversion import strip, to_prunable
+from keras_renorm.export import export_tflite
 from keras_renorm.pruning import prune
 from keras_renorm.summary import summary
 from keras_renorm.version import __version__
@@ -12,6 +13,8 @@ __all__ = [
     "__version__",
     "callbacks",
     "criteria",
+    "export",
+    "export_tflite",
     "layers",
     "patterns",
     "prune",

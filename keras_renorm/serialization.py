@@ -16,8 +16,8 @@ class Configurable:
     """A small value object: its constructor's arguments are its attributes, its config and its identity."""
 
     def get_config(self) -> dict:
-        names = inspect.signature(type(self).__init__).parameters
-        return {name: getattr(self, name) for name in names if name != "self"}
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_config(cls, config: dict):

@@ -79,9 +79,7 @@ class UpdatePruning(keras.callbacks.Callback):
         """Count one trained batch, in a training loop of your own, and prune if an event is due."""
         if self._layers is None:
             self._begin()
-            self._trained = max(self._trained, 0)
-        self._advance(1)
-        self._save_step()
+        self._advance(2 if self._trained == NEVER else 1)
 
     def _begin(self) -> None:
         layers = masked_layers(self.model)

@@ -1,0 +1,6 @@
+"""To `.tflite`, the format of phones and small boards."""
+
+from keras_renorm.export.report import ExportReport, TensorReport
+from keras_renorm.export.tflite import export_tflite
+
+__all__ = ["ExportReport", "TensorReport", "export_tflite"]

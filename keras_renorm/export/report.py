@@ -1,0 +1,71 @@
+"""What an export did, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """One weight tensor of a file: its name and shape there, the fraction of zeros, bytes, and how it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: float
+    bytes: int
+    stored_sparse: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """A written `.tflite` file beside the same network stored without compression of its zeros.
+
+    Attributes:
+        path: the file.
+        quantize: `None`, `"float16"` or `"int8"`.
+        bytes: size of the file.
+        gzip_bytes: its size when compressed, as in an app package or a download.
+        dense_bytes: size of the dense export: the same network with every tensor stored in full.
+        dense_gzip_bytes: size of the dense export when compressed.
+        stored_sparse: whether sparse tensors are stored compressed.
+        tensors: weight tensors of rank two or more.
+        difference: largest absolute difference between the outputs of the file and of the Keras model.
+        output_range: largest absolute output of the Keras model on the same samples.
+        notes: what a user should know: fallbacks, and why.
+    """
+
+    path: pathlib.Path
+    quantize: str | None
+    bytes: int
+    gzip_bytes: int
+    dense_bytes: int
+    dense_gzip_bytes: int
+    stored_sparse: bool
+    tensors: tuple[TensorReport, ...]
+    difference: float
+    output_range: float
+    notes: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the file over bytes of the dense export."""
+        return self.bytes / self.dense_bytes
+
+    def __str__(self) -> str:
+        width = max((len(tensor.name) for tensor in self.tensors), default=6)
+        lines = [
+            f"{self.path} ({self.quantize or 'float32'}, {'sparse' if self.stored_sparse else 'dense'} storage)",
+            f"  bytes       {self.bytes:>12,}   dense export {self.dense_bytes:>12,}   {self.ratio:.2f} of it",
+            f"  gzipped     {self.gzip_bytes:>12,}   dense export {self.dense_gzip_bytes:>12,}",
+            f"  difference from Keras: {self.difference:.2g} (outputs reach {self.output_range:.2g})",
+        ]
+        for tensor in self.tensors:
+            lines.append(
+                f"  {tensor.name.ljust(width)}  {'x'.join(map(str, tensor.shape)):>14}  {tensor.dtype:>8}  "
+                f"{tensor.sparsity:6.1%} zeros  {tensor.bytes:>10,} bytes  {'sparse' if tensor.stored_sparse else 'dense'}"
+            )
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+    __repr__ = __str__

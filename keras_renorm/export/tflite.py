@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import gzip
+import os
+import pathlib
+import tempfile
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm import validation
+from keras_renorm.conversion import never_pruned, strip
+from keras_renorm.export.flatbuffer import weight_tensors
+from keras_renorm.export.report import ExportReport
+from keras_renorm.export.verification import keras_outputs, largest_difference, run
+
+QUANTIZE = (None, "float16", "int8")
+_SAMPLES = 8
+_FREE_SIDE = 32
+
+
+def export_tflite(
+    model: keras.Model,
+    path: str | os.PathLike,
+    quantize: str | None = None,
+    representative_data: Any = None,
+    samples: Any = None,
+) -> ExportReport:
+    """Write a model as a `.tflite` file that is smaller because it is sparse.
+
+    Strips the model, converts it with `model.export(format="litert")`, stores sparse tensors compressed where that makes the
+    file smaller, loads the file again, and compares its outputs with the Keras model's. Where the runtime cannot run a
+    sparse file (dynamic-range int8 of single-weight sparsity, for one), every tensor is stored in full, and the report says
+    so. The file appears under its name only when it is complete and was seen to run; until then an older one stays.
+
+    Args:
+        model: a built model, with prunable layers or plain.
+        path: where to write; ends in `.tflite`.
+        quantize: `None` for float32; `"float16"`; `"int8"`: with `representative_data` weights and activations are integers
+            inside the network, without it only the weights are (dynamic range).
+        representative_data: a few hundred typical inputs for `quantize="int8"`: an array, or a list or dict of arrays for
+            several inputs, with a batch axis.
+        samples: inputs to compare outputs on, of the same kind; by default the first of `representative_data`, or random ones.
+
+    Returns:
+        An `ExportReport`; print it for a table.
+
+    Raises:
+        ValueError: if an argument is wrong, or TensorFlow is not the backend of Keras.
+        OSError: if the file cannot be written.
+        RuntimeError: if the model cannot be converted, or the runtime does not run what came out.
+
+    Example:
+
+    >>> import keras, keras_renorm as kr
+    >>> model = kr.prune(keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)]), sparsity=0.9)
+    >>> report = kr.export_tflite(model, "model.tflite")  # doctest: +SKIP
+    >>> report.ratio < 0.5  # doctest: +SKIP
+    True
+    """
+    path = _check_arguments(model, path, quantize, representative_data)
+    notes = [note] if (note := never_pruned(model)) else []
+    representative = None if representative_data is None else _as_inputs(model, representative_data, "representative_data")
+    if samples is not None:
+        inputs = _as_inputs(model, samples, "samples")
+    else:
+        inputs = _random_inputs(model) if representative is None else [array[:_SAMPLES] for array in representative]
+    plain = strip(model)
+    expected = keras_outputs(plain, _structured(plain, inputs))
+    output_range = max(float(np.max(np.abs(value), initial=0)) for value in expected)
+    settings = _converter_settings(plain, quantize, representative)
+
+    def attempt(file):
+        _convert(plain, file, settings)
+        return largest_difference(expected, run(file, inputs, _names(plain)))
+
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        dense, sparse = pathlib.Path(folder, "dense.tflite"), pathlib.Path(folder, "sparse.tflite")
+        try:
+            difference = attempt(dense)
+        except (RuntimeError, ValueError):
+            # Recurrent layers need a batch whose size is known.
+            settings["input_signature"] = _batch_of_one(plain)
+            try:
+                difference = attempt(dense)
+            except (RuntimeError, ValueError) as error:
+                raise RuntimeError(
+                    f"The runtime does not run what the converter made of model '{model.name}', so '{path}' was not "
+                    f"written: {error}"
+                ) from error
+            notes.append("Takes one sample at a time: the runtime does not run this network with a batch of any size.")
+        written = dense
+        try:
+            settings["optimizations"] = settings.get("optimizations", []) + [_experimental_sparsity()]
+            sparse_difference = attempt(sparse)
+            if sparse_difference > 2 * difference + 1e-3 * output_range:
+                raise RuntimeError(f"outputs differ by {sparse_difference:.2g}")
+            if sparse.stat().st_size < dense.stat().st_size:
+                written, difference = sparse, sparse_difference
+        except (RuntimeError, ValueError) as error:
+            notes.append(f"Stored dense: the runtime does not run this network with sparse storage ({_first_line(error)}).")
+        data, dense_data = written.read_bytes(), dense.read_bytes()
+        os.replace(written, path)
+    return ExportReport(
+        path=path,
+        quantize=quantize,
+        bytes=len(data),
+        gzip_bytes=len(gzip.compress(data, 6)),
+        dense_bytes=len(dense_data),
+        dense_gzip_bytes=len(gzip.compress(dense_data, 6)),
+        stored_sparse=written is sparse,
+        tensors=weight_tensors(data),
+        difference=difference,
+        output_range=output_range,
+        notes=tuple(notes),
+    )
+
+
+def _check_arguments(model, path, quantize, representative_data) -> pathlib.Path:
+    validation.check_model(model)
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"Export to .tflite needs Keras on TensorFlow. Received: the {keras.backend.backend()} backend. Save the model "
+            "(`keras_renorm.strip(model).save('model.keras')`), start Python with KERAS_BACKEND=tensorflow, load it and "
+            "export it there."
+        )
+    validation.check_choice(quantize, QUANTIZE, "quantize")
+    if representative_data is not None and quantize != "int8":
+        raise ValueError(
+            f"Argument `representative_data` is used with `quantize='int8'` only. Received: quantize={quantize!r}."
+        )
+    path = pathlib.Path(path)
+    if path.suffix != ".tflite":
+        raise ValueError(f"Argument `path` must end in '.tflite'. Received: path={str(path)!r}.")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(
+            f"Argument `path` cannot be written: {'it is a folder' if path.is_dir() else 'its folder is missing or closed'}. "
+            f"Received: path={str(path)!r}."
+        )
+    return path
+
+
+def _names(model: keras.Model) -> list[str]:
+    return [tensor.name for tensor in keras.tree.flatten(getattr(model, "inputs", None) or [])]
+
+
+def _specs(model: keras.Model) -> list:
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
+        raise ValueError(
+            f"Model '{model.name}' does not tell the shape of its inputs, which export needs. Call it on a batch of data, or "
+            "wrap it: `x = keras.Input(shape); model = keras.Model(x, model(x))`."
+        )
+    return keras.tree.flatten(inputs)
+
+
+def _as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]:
+    """Arrays in the order of the model's inputs, checked against their shapes."""
+    specs = _specs(model)
+    if isinstance(data, dict):
+        missing = [spec.name for spec in specs if spec.name not in data]
+        if missing:
+            raise ValueError(
+                f"Argument `{argument}` has no entry for inputs {missing} of model '{model.name}'. Received: keys "
+                f"{sorted(data)}."
+            )
+        arrays = [np.asarray(data[spec.name]) for spec in specs]
+    else:
+        arrays = [np.asarray(array) for array in (data if isinstance(data, (list, tuple)) else [data])]
+    wanted = [tuple(spec.shape) for spec in specs]
+    received = [array.shape for array in arrays]
+    fits = len(wanted) == len(received) and all(
+        len(have) == len(want) and have[0] > 0 and all(b in (None, a) for a, b in zip(have[1:], want[1:]))
+        for have, want in zip(received, wanted)
+    )
+    if not fits or len({shape[0] for shape in received}) > 1:
+        raise ValueError(
+            f"Argument `{argument}` must hold arrays of shapes {wanted} (the first axis is the batch), one for each input of "
+            f"model '{model.name}'. Received: shapes {received}."
+        )
+    return [array.astype(spec.dtype) for array, spec in zip(arrays, specs)]
+
+
+def _random_inputs(model: keras.Model) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    inputs = []
+    for spec in _specs(model):
+        shape = [spec.shape[0] or _SAMPLES] + [side or _FREE_SIDE for side in spec.shape[1:]]
+        if keras.backend.is_float_dtype(spec.dtype):
+            inputs.append(generator.standard_normal(shape).astype(spec.dtype))
+        else:
+            # Indices that every vocabulary has.
+            inputs.append(generator.integers(0, 2, shape).astype(spec.dtype))
+    return inputs
+
+
+def _structured(model: keras.Model, inputs: list[np.ndarray]) -> Any:
+    """Flat inputs in the structure that the model takes."""
+    structure = getattr(model, "_inputs_struct", None)
+    return keras.tree.pack_sequence_as(structure, inputs) if structure is not None else inputs[0]
+
+
+def _converter_settings(model: keras.Model, quantize: str | None, representative: list[np.ndarray] | None) -> dict:
+    import tensorflow as tf
+
+    if quantize is None:
+        return {}
+    settings: dict = {"optimizations": [tf.lite.Optimize.DEFAULT]}
+    if quantize == "float16":
+        settings["target_spec"] = {"supported_types": [tf.float16]}
+    if representative is not None:
+        names = _names(model)
+
+        def batches():
+            for index in range(len(representative[0])):
+                yield {name: array[index : index + 1] for name, array in zip(names, representative)}
+
+        settings["representative_dataset"] = batches
+    return settings
+
+
+def _experimental_sparsity() -> Any:
+    import tensorflow as tf
+
+    return tf.lite.Optimize.EXPERIMENTAL_SPARSITY
+
+
+def _batch_of_one(model: keras.Model) -> list:
+    def fix(tensor):
+        return keras.layers.InputSpec(shape=(1, *tensor.shape[1:]), dtype=tensor.dtype, name=tensor.name)
+
+    structure = getattr(model, "_inputs_struct", None)
+    return [keras.tree.map_structure(fix, model.inputs[0] if structure is None else structure)]
+
+
+def _convert(model: keras.Model, path: pathlib.Path, settings: dict) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.export(str(path), format="litert", verbose=False, **settings)
+    except Exception as error:
+        raise RuntimeError(f"TensorFlow could not convert model '{model.name}': {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
