@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 from keras import ops
@@ -252,7 +253,8 @@ def rebuild(
 
     rebuilt = keras.models.clone_model(model, clone_function=clone, recursive=True)
     for layer in outermost_layers(model):
-        _copy_weights(layer, counterparts[id(layer)])
+        if not isinstance(layer, keras.layers.InputLayer):
+            _copy_weights(layer, counterparts[id(layer)])
     return rebuilt, counterparts
 
 
@@ -278,8 +280,7 @@ def _copy_subclassed(model, convert):
             "builds its layers."
         ) from error
     counterparts = {
-        id(old): new
-        for old, new in zip(model._flatten_layers(include_self=False), copy._flatten_layers(include_self=False))
+        id(old): new for old, new in zip(model._flatten_layers(include_self=False), copy._flatten_layers(include_self=False))
     }
     return copy, counterparts
 

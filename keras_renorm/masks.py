@@ -69,7 +69,7 @@ def _inputs_then_units(shape, input_axes):
     inputs = tuple(range(rank - 1)) if input_axes is None else tuple(axis % rank for axis in input_axes)
     units = unit_axes(rank, inputs)
     number_of_units = int(np.prod([shape[axis] for axis in units], dtype=int))
-    return inputs + units, tuple(shape[axis] for axis in inputs) + (number_of_units,)
+    return inputs + units, (*(shape[axis] for axis in inputs), number_of_units)
 
 
 def _lowest(cells: np.ndarray, sparsity: float, per_column: bool) -> np.ndarray:

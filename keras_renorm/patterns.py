@@ -71,8 +71,7 @@ class Block(Pattern):
     def __init__(self, size: tuple[int, int] = (4, 1)):
         if len(tuple(size)) != 2 or any(not isinstance(side, (int, np.integer)) or side < 1 for side in size):
             raise ValueError(
-                "Argument `size` must be two positive integers `(inputs, units)`, such as (4, 1). "
-                f"Received: size={size!r}."
+                f"Argument `size` must be two positive integers `(inputs, units)`, such as (4, 1). Received: size={size!r}."
             )
         self.size = tuple(int(side) for side in size)
 

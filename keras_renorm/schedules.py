@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -210,7 +211,7 @@ def _import_quietly(module: str) -> Any:
 
 def keep_tf_keras() -> None:
     """Let TensorFlow decide now what `tf.keras` is, so that importing tfmot later does not turn it into Keras 2."""
-    if keras.backend.backend() == "tensorflow":
+    if keras.backend.backend() == "tensorflow" and "TF_USE_LEGACY_KERAS" not in os.environ:
         import tensorflow as tf
 
-        tf.keras.__name__  # noqa: B018 (the access decides)
+        tf.keras.layers  # noqa: B018 (the access decides)

@@ -67,8 +67,10 @@ class Summary:
         cells.append(("total", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.4f}", ""))
         widths = [max(map(len, column)) for column in zip(header, *cells)]
         lines = [
-            "  ".join(text.rjust(width) if 3 <= index <= 5 else text.ljust(width)
-                      for index, (text, width) in enumerate(zip(line, widths))).rstrip()
+            "  ".join(
+                text.rjust(width) if 3 <= index <= 5 else text.ljust(width)
+                for index, (text, width) in enumerate(zip(line, widths))
+            ).rstrip()
             for line in (header, *cells)
         ]
         rule = "-" * max(map(len, lines))

@@ -26,9 +26,7 @@ def check_model(model: Any, argument: str = "model") -> None:
     """Raise unless `model` is a built Keras 3 model."""
     refuse_legacy_keras(model, argument)
     if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"Argument `{argument}` must be a `keras.Model`. Received: {argument}={model} (of type {type(model)})."
-        )
+        raise TypeError(f"Argument `{argument}` must be a `keras.Model`. Received: {argument}={model} (of type {type(model)}).")
     if not model.built or (isinstance(model, keras.Sequential) and not hasattr(model, "inputs")):
         raise ValueError(
             f"Argument `{argument}` has no weights yet: model '{model.name}' was never built. Call it on a batch of "
@@ -38,12 +36,7 @@ def check_model(model: Any, argument: str = "model") -> None:
 
 def check_sparsity(value: Any, argument: str = "sparsity") -> float:
     """Return `value` as a float in [0, 1)."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (numbers.Real, np.floating))
-        or math.isnan(value)
-        or not 0 <= value < 1
-    ):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.floating)) or math.isnan(value) or not 0 <= value < 1:
         raise ValueError(
             f"Argument `{argument}` must be a number in [0, 1): the fraction of the weights to remove, such as 0.9 for "
             f"90%. Received: {argument}={value!r}."

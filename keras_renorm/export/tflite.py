@@ -93,7 +93,7 @@ def export_tflite(
             notes.append("Takes one sample at a time: the runtime does not run this network with a batch of any size.")
         written = dense
         try:
-            settings["optimizations"] = settings.get("optimizations", []) + [_experimental_sparsity()]
+            settings["optimizations"] = [*settings.get("optimizations", []), _experimental_sparsity()]
             sparse_difference = attempt(sparse)
             if sparse_difference > 2 * difference + 1e-3 * output_range:
                 raise RuntimeError(f"outputs differ by {sparse_difference:.2g}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -150,9 +151,7 @@ class MaskedLayer:
             kernel.scale.assign(np.reshape(scale, kernel.scale.shape))
 
     def _compute_mask(self, masked: MaskedKernel, sparsity: float) -> tuple[np.ndarray, np.ndarray]:
-        kernel, mask, scale = (
-            ops.convert_to_numpy(variable) for variable in (masked.variable, masked.mask, masked.scale)
-        )
+        kernel, mask, scale = (ops.convert_to_numpy(variable) for variable in (masked.variable, masked.mask, masked.scale))
         return prune_kernel(
             kernel,
             sparsity,

@@ -74,6 +74,9 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
     def build(self, *args, **kwargs):
         if not self.layer.built:
             self.layer.build(*args, **kwargs)
+        # What an inner layer would compute anew in the backward pass would miss the masks, so only the wrapper as a whole does.
+        for part in self.layer._flatten_layers():
+            part._remat_mode = None
         self._add_masks(self.layer)
 
     def _call_inner(self, *args, **kwargs):

@@ -1,0 +1,123 @@
+import keras
+import numpy as np
+import pytest
+
+import keras_renorm as kr
+
+
+def dense(kernel, **pruning):
+    kernel = np.asarray(kernel, "float32")
+    layer = kr.layers.PrunableDense(kernel.shape[1], use_bias=False, **pruning)
+    layer.build((None, kernel.shape[0]))
+    layer.kernel.assign(kernel)
+    return layer
+
+
+def test_an_event_by_hand():
+    layer = dense([[3.0, 1.0], [-1.0, -4.0], [0.5, 2.0]], group="unit", renormalize="l1")
+    layer.update_masks(1 / 3)
+    np.testing.assert_array_equal(layer.mask.numpy(), [[True, False], [True, True], [False, True]])
+    np.testing.assert_allclose(layer.scale.numpy(), [4.5 / 4, 7 / 6], rtol=1e-6)
+    outputs = layer(np.array([[1.0, 1.0, 1.0]], "float32"))
+    np.testing.assert_allclose(np.asarray(outputs), [[2 * 4.5 / 4, -2 * 7 / 6]], rtol=1e-6)
+
+
+def test_the_second_event_keeps_the_norm_of_what_was_there_just_before():
+    layer = dense([[3.0], [2.0], [1.0], [0.5]], group="unit", renormalize="l1")
+    layer.update_masks(0.25)
+    np.testing.assert_allclose(layer.scale.numpy(), [6.5 / 6], rtol=1e-6)
+    # Training shrinks the weights; the hidden one is not what it was either.
+    layer.kernel.assign([[1.5], [1.0], [0.5], [9.0]])
+    layer.update_masks(0.5)
+    np.testing.assert_array_equal(layer.mask.numpy()[:, 0], [True, True, False, False])
+    np.testing.assert_allclose(layer.scale.numpy(), [3.0 * (6.5 / 6) / 2.5], rtol=1e-6)
+
+
+def test_a_removed_weight_stays_out_or_may_return():
+    for regrow, expected in ((False, [True, False]), (True, [False, True])):
+        layer = dense([[2.0], [1.0]], regrow=regrow, renormalize=None)
+        layer.update_masks(0.5)
+        layer.kernel.assign([[2.0], [5.0]])
+        layer.update_masks(0.5)
+        np.testing.assert_array_equal(layer.mask.numpy()[:, 0], expected)
+
+
+def test_less_sparsity_brings_nothing_back_without_regrow():
+    layer = dense(np.arange(1.0, 11).reshape(10, 1))
+    layer.update_masks(0.8)
+    layer.update_masks(0.3)
+    assert layer.sparsity == pytest.approx(0.8)
+
+
+def test_sparsity_is_exact_where_hidden_values_are_large(generator):
+    layer = dense(generator.standard_normal((20, 5)))
+    layer.update_masks(0.5)
+    layer.kernel.assign(np.where(layer.mask.numpy(), layer.kernel.numpy(), 100))
+    layer.update_masks(0.66)
+    assert layer.count_kept() == (34, 100)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_kernel_that_is_not_finite_changes_nothing(bad):
+    layer = dense([[1.0, 2.0], [bad, 4.0]], name="fc")
+    with pytest.raises(ValueError, match=r"of layer 'fc' holds 1 values that are NaN or infinite.*Nothing was changed"):
+        layer.update_masks(0.5)
+    assert layer.mask.numpy().all()
+
+
+def test_a_hidden_value_may_be_infinite():
+    layer = dense([[1.0], [2.0], [3.0], [4.0]])
+    layer.update_masks(0.25)
+    layer.kernel.assign([[np.inf], [2.0], [3.0], [4.0]])
+    layer.update_masks(0.5)
+    np.testing.assert_array_equal(layer.mask.numpy()[:, 0], [False, False, True, True])
+    assert np.isfinite(np.asarray(layer(np.ones((1, 4), "float32")))).all()
+
+
+@pytest.mark.parametrize("sparsity", [-0.5, 1.0, float("nan")])
+def test_wrong_sparsity_changes_nothing(sparsity):
+    layer = dense([[1.0, 2.0]])
+    with pytest.raises(ValueError, match="`sparsity` must be a number"):
+        layer.update_masks(sparsity)
+    assert layer.mask.numpy().all()
+
+
+def test_a_criterion_of_ones_own():
+    layer = dense([[1.0, 2.0], [3.0, 4.0]], criterion=lambda kernel: -kernel)
+    layer.update_masks(0.5)
+    np.testing.assert_array_equal(layer.mask.numpy(), [[True, True], [False, False]])
+
+
+def test_a_criterion_of_the_wrong_shape():
+    layer = dense([[1.0, 2.0], [3.0, 4.0]], criterion=lambda kernel: kernel.sum(axis=0))
+    with pytest.raises(ValueError, match=r"one score a weight.*shape \(2,\) for a kernel of shape \(2, 2\)"):
+        layer.update_masks(0.5)
+
+
+def test_masks_take_a_quarter_of_the_kernels_memory():
+    layer = dense(np.ones((64, 64)))
+    assert layer.mask.value.dtype.size * 4 == layer.kernel.value.dtype.size
+
+
+def test_gradient_reaches_kept_weights_times_their_scale():
+    tf = pytest.importorskip("tensorflow")
+    layer = dense([[3.0], [1.0]], group="unit", renormalize="l1")
+    layer.update_masks(0.5)
+    with tf.GradientTape() as tape:
+        outputs = tf.reduce_sum(layer(np.array([[5.0, 7.0]], "float32")))
+    np.testing.assert_allclose(tape.gradient(outputs, layer.kernel.value), [[5 * 4 / 3], [0]], rtol=1e-6)
+
+
+def test_remat_gives_the_same_gradients():
+    tf = pytest.importorskip("tensorflow")
+    gradients = []
+    for mode in (None, "full"):
+        keras.utils.set_random_seed(1)
+        with keras.RematScope(mode=mode):
+            layer = kr.layers.RenormalizedPruning(keras.layers.Dense(4, "tanh"))
+            layer.build((None, 6))
+        layer.update_masks(0.5)
+        with tf.GradientTape() as tape:
+            outputs = tf.reduce_sum(layer(np.ones((2, 6), "float32")) ** 2)
+        gradients.append(tape.gradient(outputs, layer.layer.kernel.value).numpy())
+    np.testing.assert_allclose(*gradients, rtol=1e-6)

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+
+from keras_renorm import patterns
+from keras_renorm.masks import compute_mask
+
+
+def test_block_by_hand():
+    scores = np.array([[1.0, 1.0], [1.0, 9.0], [5.0, 1.0], [5.0, 1.0]])
+    # Blocks of 2 inputs x 1 unit score 2, 10 and 10, 2.
+    expected = [[False, True], [False, True], [True, False], [True, False]]
+    np.testing.assert_array_equal(compute_mask(scores, 0.5, patterns.Block((2, 1))), expected)
+
+
+def test_block_edges_that_do_not_divide():
+    scores = np.array([[4.0, 4.0, 1.0], [4.0, 4.0, 1.0], [1.0, 1.0, 9.0]])
+    # Blocks of 2x2: a full one (16), one of 2x1 (2), one of 1x2 (2), one of 1x1 (9); half of four go.
+    expected = [[True, True, False], [True, True, False], [False, False, True]]
+    np.testing.assert_array_equal(compute_mask(scores, 0.5, patterns.Block((2, 2))), expected)
+
+
+@pytest.mark.parametrize("shape", [(10, 7), (3, 3, 5, 7)])
+def test_blocks_are_whole(shape, generator):
+    mask = compute_mask(generator.random(shape), 0.5, patterns.Block((4, 2))).reshape(-1, shape[-1])
+    blocks = [mask[row : row + 4, col : col + 2] for row in range(0, mask.shape[0], 4) for col in range(0, mask.shape[1], 2)]
+    assert all(block.all() or not block.any() for block in blocks)
+    assert sum(not block.any() for block in blocks) == round(0.5 * len(blocks))
+
+
+def test_n_of_m_by_hand():
+    scores = np.array([[1.0], [4.0], [2.0], [3.0], [9.0], [8.0], [7.0], [6.0]])
+    mask = compute_mask(scores, 0.5, patterns.NOfM(2, 4))[:, 0]
+    np.testing.assert_array_equal(mask, [False, True, False, True, True, True, False, False])
+
+
+def test_n_of_m_on_its_way_removes_the_lowest_of_those_that_would_go():
+    scores = np.array([[1.0], [4.0], [2.0], [3.0], [9.0], [8.0], [7.0], [6.0]])
+    mask = compute_mask(scores, 0.25, patterns.NOfM(2, 4))[:, 0]
+    np.testing.assert_array_equal(mask, [False, True, False, True, True, True, True, True])
+
+
+def test_n_of_m_with_equal_scores_keeps_the_first():
+    mask = compute_mask(np.ones((4, 1)), 0.5, patterns.NOfM(2, 4))[:, 0]
+    np.testing.assert_array_equal(mask, [True, True, False, False])
+
+
+@pytest.mark.parametrize("group", ["layer", "unit"])
+@pytest.mark.parametrize("shape", [(8, 3), (9, 3), (3, 3, 8, 5), (3, 3, 3, 5)])
+def test_n_of_m_keeps_at_most_n_of_every_run_of_channels(shape, group, generator):
+    mask = compute_mask(generator.random(shape), 0.5, patterns.NOfM(2, 4), group)
+    for start in range(0, shape[-2], 4):
+        run = mask[..., start : start + 4, :]
+        kept = run.sum(axis=-2)
+        if group == "layer":
+            assert kept.max() == min(2, run.shape[-2])
+        if run.shape[-2] == 4 and group == "layer":
+            assert kept.min() == 2
+
+
+def test_n_of_m_cannot_remove_more():
+    with pytest.raises(ValueError, match=r"removes 50% of the weights at most.*sparsity=0.9.*Pass `sparsity=0.5`"):
+        compute_mask(np.ones((8, 2)), 0.9, patterns.NOfM(2, 4))
+
+
+def test_unit_by_hand():
+    scores = np.array([[1.0, 5.0, 3.0, 0.0], [1.0, 5.0, 3.0, 9.0]])
+    np.testing.assert_array_equal(compute_mask(scores, 0.5, "unit"), [[False, True, False, True]] * 2)
+
+
+def test_units_cannot_compete_within_a_unit():
+    with pytest.raises(ValueError, match="Pass `group='layer'`"):
+        compute_mask(np.ones((2, 2)), 0.5, "unit", group="unit")
+
+
+@pytest.mark.parametrize("size", [(0, 1), (4,), (4, 1, 1), (1.5, 2)])
+def test_block_of_a_wrong_size(size):
+    with pytest.raises(ValueError, match="`size` must be two positive integers"):
+        patterns.Block(size)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (1.5, 4)])
+def test_n_of_m_of_wrong_numbers(n, m):
+    with pytest.raises(ValueError, match="0 < n < m"):
+        patterns.NOfM(n, m)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"`pattern` is not known. Received: pattern='blocks'.*block.*unstructured"):
+        patterns.get("blocks")
+
+
+def test_a_pattern_must_be_a_pattern():
+    with pytest.raises(ValueError, match="must be one of"):
+        patterns.get(lambda scores: scores)
