@@ -139,18 +139,19 @@ def _plain_counterpart(layer: keras.Layer) -> keras.Layer | None:
 
 
 def never_pruned(model: keras.Model) -> str | None:
-    """What to tell the user if layers have a schedule but no event ever ran, or `None`."""
-    idle = [
-        layer.name
-        for layer in masked_layers(model)
-        if layer.pruning_schedule is not None and layer.sparsity == 0 and int(layer.pruning_step) <= 0
-    ]
+    """What to tell the user if layers have a schedule but no event ever removed a weight, or `None`."""
+    idle = [layer for layer in masked_layers(model) if layer.pruning_schedule is not None and layer.sparsity == 0]
     if not idle:
         return None
-    return (
-        f"No pruning event ever ran: layers {idle} have a pruning schedule, but all their weights are still kept. Pass the "
-        "callback when training: `model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
-    )
+    names = [layer.name for layer in idle]
+    trained = max(int(ops.convert_to_numpy(layer.pruning_step)) for layer in idle)
+    if trained <= 0:
+        remedy = (
+            "Pass the callback when training: `model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
+        )
+    else:
+        remedy = f"Training stopped after {trained} steps: train longer, or let the schedule begin earlier."
+    return f"No pruning event ever ran: layers {names} have a schedule, but all their weights are still there. {remedy}"
 
 
 def choose_layers(model: keras.Model, layers: Any) -> dict[int, keras.Layer]:

@@ -52,7 +52,10 @@ def compute_mask(
         scores = scores.astype(np.float32)
     axes, shape = _inputs_then_units(scores.shape, input_axes)
     ordered = scores.transpose(axes).reshape(shape)
-    kept = ~_lowest(pattern.cells(ordered), sparsity, per_column=group == "unit")
+    cells = pattern.cells(ordered)
+    if group == "layer":
+        cells = _spare_last_of_units(cells, cells.size - round(sparsity * cells.size))
+    kept = ~_lowest(cells, sparsity, per_column=group == "unit")
     mask = pattern.expand(kept, shape)
     moved = tuple(scores.shape[axis] for axis in axes)
     return np.ascontiguousarray(mask.reshape(moved).transpose(np.argsort(axes)))
@@ -70,6 +73,17 @@ def _inputs_then_units(shape, input_axes):
     units = unit_axes(rank, inputs)
     number_of_units = int(np.prod([shape[axis] for axis in units], dtype=int))
     return inputs + units, (*(shape[axis] for axis in inputs), number_of_units)
+
+
+def _spare_last_of_units(cells: np.ndarray, kept: int) -> np.ndarray:
+    """Mark the best cell of every column, `inf`, if that many are kept; columns where nothing stands out are left out."""
+    best = cells.max(axis=0)
+    spared = np.flatnonzero(best > cells.min())
+    if not 0 < len(spared) <= kept < cells.size:
+        return cells
+    cells = cells.copy()
+    cells[cells[:, spared].argmax(axis=0), spared] = np.inf
+    return cells
 
 
 def _lowest(cells: np.ndarray, sparsity: float, per_column: bool) -> np.ndarray:

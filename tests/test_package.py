@@ -1,0 +1,77 @@
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import keras_renorm as kr
+
+ROOT = pathlib.Path(kr.__file__).parent
+
+# Rooms, from the ground up: a module imports from rooms above its own line only, or from its own.
+ROOMS = [
+    ["version", "serialization", "validation"],
+    ["patterns", "renorm", "schedules"],
+    ["masks"],
+    ["criteria"],
+    ["events"],
+    ["layers"],
+    ["conversion"],
+    ["pruning", "summary", "callbacks"],
+    ["export"],
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "keras_renorm":
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("keras_renorm."):
+                    yield alias.name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent != ROOT or path.name != "__init__.py"], ids=str)
+def test_imports_point_one_way(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for other in imports_of(path):
+        assert other == room or LEVEL[other] < LEVEL[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if "export" not in path.parts], ids=str)
+def test_tensorflow_is_imported_only_where_it_is_used(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert not any(name.split(".")[0].startswith(("tensorflow", "tf_keras", "ai_edge_litert")) for name in names)
+
+
+def test_public_surface():
+    assert sorted(kr.__all__) == [
+        "__version__",
+        "callbacks",
+        "criteria",
+        "export",
+        "export_tflite",
+        "layers",
+        "patterns",
+        "prune",
+        "renorm",
+        "schedules",
+        "strip",
+        "summary",
+        "to_prunable",
+    ]
+    assert all(hasattr(kr, name) for name in kr.__all__)
+
+
+def test_importing_it_imports_neither_tfmot_nor_tf_keras():
+    code = "import sys, keras_renorm; assert not {'tf_keras', 'tensorflow_model_optimization'} & set(sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)

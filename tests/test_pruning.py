@@ -1,0 +1,167 @@
+import keras
+import numpy as np
+import pytest
+
+import keras_renorm as kr
+from keras_renorm.layers.kernels import find_kernels
+from tests.layers.cases import CASES, model_around
+from tests.test_conversion import MODELS, Subclassed, batch_for
+
+L = keras.layers
+PATTERNS = ["unstructured", "block", "n_of_m", "unit"]
+
+
+def mlp():
+    return keras.Sequential(
+        [keras.Input((40,)), L.Dense(30, "relu", name="a"), L.Dense(20, "relu", name="b"), L.Dense(4, name="c")]
+    )
+
+
+def zeros(model):
+    return {layer.name: int(np.sum(layer.kernel.numpy() == 0)) for layer in model.layers if hasattr(layer, "kernel")}
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("group", ["layer", "unit"])
+@pytest.mark.parametrize("renormalize", ["auto", None, "l1", "l2"])
+def test_every_kernel_loses_its_share_and_the_model_is_untouched(make, group, renormalize):
+    model = make()
+    before = [weight.copy() for weight in model.get_weights()]
+    pruned = kr.prune(model, 0.5, group=group, renormalize=renormalize)
+    for row in kr.summary(pruned).rows:
+        if group == "layer":
+            assert row.weights - row.kept == round(0.5 * row.weights)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    outputs = keras.tree.flatten(pruned.predict_on_batch(batch_for(model)))
+    assert all(np.isfinite(output).all() for output in outputs)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_layer_with_every_pattern(name, pattern):
+    make, inputs, kernels, _ = CASES[name]
+    pruned = kr.prune(model_around(make(), inputs), 0.5, pattern=pattern, renormalize="l2")
+    for row, shape in zip(kr.summary(pruned).rows, [*kernels, None]):
+        # Runs of two channels are not longer than what 2 of 4 keeps.
+        assert row.kept < row.weights or (pattern == "n_of_m" and shape[-2] <= 2)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.8, 0.95, 0.999])
+def test_exact_count(sparsity):
+    assert zeros(kr.prune(mlp(), sparsity)) == {"a": round(sparsity * 1200), "b": round(sparsity * 600), "c": round(sparsity * 80)}
+
+
+def test_a_dict_prunes_those_layers_alone():
+    assert zeros(kr.prune(mlp(), {"a": 0.5, "[bc]": 0.25})) == {"a": 600, "b": 150, "c": 20}
+    assert zeros(kr.prune(mlp(), {"b": 0.5})) == {"a": 0, "b": 300, "c": 0}
+
+
+def test_layers_are_chosen():
+    assert zeros(kr.prune(mlp(), 0.5, layers=["a", "c"])) == {"a": 600, "b": 0, "c": 40}
+
+
+def test_by_hand():
+    model = keras.Sequential([keras.Input((3,)), L.Dense(2, use_bias=False)])
+    model.set_weights([np.array([[3.0, 1.0], [-1.0, -4.0], [0.5, 2.0]])])
+    pruned = kr.prune(model, 1 / 3, group="unit", renormalize="l1")
+    np.testing.assert_allclose(
+        pruned.get_weights()[0], [[3 * 4.5 / 4, 0], [-4.5 / 4, -4 * 7 / 6], [0, 2 * 7 / 6]], rtol=1e-6
+    )
+
+
+def test_pruning_again_keeps_zeros_zero():
+    once = kr.prune(mlp(), 0.5)
+    twice = kr.prune(once, 0.8)
+    for layer in once.layers:
+        np.testing.assert_array_equal(twice.get_layer(layer.name).kernel.numpy()[layer.kernel.numpy() == 0], 0)
+    assert kr.summary(twice).sparsity == pytest.approx(0.8)
+
+
+def test_same_call_same_result():
+    model = mlp()
+    for criterion in ("magnitude", kr.criteria.Random(3)):
+        first = kr.prune(model, 0.5, criterion=criterion)
+        again = kr.prune(model, 0.5, criterion=criterion if criterion == "magnitude" else kr.criteria.Random(3))
+        for one, other in zip(first.get_weights(), again.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_prunable_model_is_stripped_first():
+    prunable = kr.to_prunable(mlp())
+    pruned = kr.prune(prunable, 0.5)
+    assert type(pruned.layers[0]) is L.Dense
+    assert zeros(pruned) == {"a": 600, "b": 300, "c": 40}
+
+
+def test_a_subclassed_model():
+    model = Subclassed()
+    model.build((None, 6))
+    pruned = kr.prune(model, 0.5)
+    assert isinstance(pruned, Subclassed)
+    assert np.sum(pruned.first.kernel.numpy() == 0) == 12
+    assert np.sum(pruned.rest[0].kernel.numpy() == 0) == 6
+    assert not np.any(model.first.kernel.numpy() == 0)
+
+
+def test_a_unit_keeps_its_last_weight_while_there_are_enough():
+    kernel = np.array([[9.0, 0.1], [8.0, 0.2], [7.0, 0.3], [6.0, 0.4]])
+    model = keras.Sequential([keras.Input((4,)), L.Dense(2, use_bias=False)])
+    model.set_weights([kernel])
+    np.testing.assert_allclose(kr.prune(model, 0.75).get_weights()[0], [[9, 0], [0, 0], [0, 0], [0, 0.4]])
+    np.testing.assert_allclose(kr.prune(model, 0.875).get_weights()[0], [[9, 0], [0, 0], [0, 0], [0, 0]])
+
+
+def test_a_kernel_that_is_not_finite_is_named():
+    model = mlp()
+    model.get_layer("b").kernel.assign(np.full((30, 20), np.nan))
+    with pytest.raises(ValueError, match=r"b/kernel' of layer 'b' holds 600 values that are NaN"):
+        kr.prune(model, 0.5)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 2.5, float("nan"), "0.9", None, {"a": 1.0}])
+def test_wrong_sparsity(sparsity):
+    with pytest.raises(ValueError, match=r"`sparsity` must be a number in \[0, 1\)"):
+        kr.prune(mlp(), sparsity)
+
+
+def test_a_dict_with_a_wrong_name():
+    with pytest.raises(ValueError, match="names no layer.*'d'"):
+        kr.prune(mlp(), {"a": 0.5, "d": 0.5})
+
+
+def test_dict_and_layers():
+    with pytest.raises(ValueError, match="not both"):
+        kr.prune(mlp(), {"a": 0.5}, layers="a")
+
+
+APPLICATIONS = {
+    "MobileNetV2": keras.applications.MobileNetV2,
+    "ResNet50": keras.applications.ResNet50,
+    "EfficientNetB0": keras.applications.EfficientNetB0,
+    "DenseNet121": keras.applications.DenseNet121,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(APPLICATIONS))
+def test_keras_applications_end_to_end(name, tmp_path):
+    model = APPLICATIONS[name](weights=None, input_shape=(96, 96, 3), classes=10)
+    x = np.random.default_rng(0).uniform(0, 255, (2, 96, 96, 3)).astype("float32")
+    prunable = kr.to_prunable(model)
+    np.testing.assert_allclose(prunable.predict_on_batch(x), model.predict_on_batch(x), atol=1e-6)
+    pruned = kr.prune(model, 0.8)
+    for layer in pruned._flatten_layers():
+        if layer is not pruned and not isinstance(layer, keras.Model):
+            for kernel in find_kernels(layer):
+                assert np.count_nonzero(np.asarray(kernel.variable) == 0) == round(0.8 * kernel.size)
+    assert kr.summary(pruned).sparsity == pytest.approx(0.8, abs=1e-5)
+    plain = kr.strip(kr.to_prunable(pruned, from_zeros=True))
+    np.testing.assert_allclose(plain.predict_on_batch(x), pruned.predict_on_batch(x), atol=1e-5)
+    plain.save(tmp_path / "plain.keras")
+    again = keras.models.load_model(tmp_path / "plain.keras")
+    np.testing.assert_allclose(again.predict_on_batch(x), pruned.predict_on_batch(x), atol=1e-6)
+    report = kr.export_tflite(plain, tmp_path / "plain.tflite", samples=x)
+    assert report.stored_sparse
+    assert report.difference < 1e-4
+    assert report.ratio < 0.5
