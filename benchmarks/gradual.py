@@ -23,52 +23,119 @@ import keras_renorm as kr
 BATCH = 128
 
 
+SPARSITIES = (0.9, 0.95, 0.98, 0.99)
+SCHEDULE = {"initial_sparsity": 0.0, "begin_step": 469, "end_step": 3283}
+EPOCHS = 10
+
+
 def network(library):
-    """LeNet-300-100 of Keras 3 or of tf_keras."""
-    layers = library.layers
-    model = library.Sequential(
-        [
-            layers.InputLayer(shape=(784,)) if library is keras else layers.InputLayer(input_shape=(784,)),
-            layers.Dense(300, activation="relu"),
-            layers.Dense(100, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
+    """LeNet-300-100 of Keras 3 or of tf_keras, compiled."""
+    model = library.Sequential([library.layers.Dense(300, "relu"), library.layers.Dense(100, "relu"), library.layers.Dense(10)])
+    model.build((None, 784))
     return model
 
 
-def compile_(model, library):
+def compile_and(model, library):
     loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=library.optimizers.Adam(), loss=loss, metrics=["accuracy"])
+    return model
 
 
-def train_dense(data, schedule, epochs, **_):
-    model = network(keras)
-    compile_(model, keras)
-    model.fit(*data[0], batch_size=BATCH, epochs=epochs, verbose=0)
+def train_dense(data, sparsity, seed):
+    keras.utils.set_random_seed(seed)
+    model = compile_and(network(keras), keras)
+    model.fit(*data[0], batch_size=BATCH, epochs=EPOCHS, verbose=0)
     return model.evaluate(*data[1], verbose=0)[1], 0.0
 
 
-def train_ours(data, schedule, epochs, **pruning):
-    model = kr.to_prunable(network(keras), pruning_schedule=kr.schedules.PolynomialDecay(**schedule), **pruning)
-    compile_(model, keras)
-    model.fit(*data[0], batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[kr.callbacks.UpdatePruning()])
+def train_ours(data, sparsity, seed):
+    keras.utils.set_random_seed(seed)
+    schedule = kr.schedules.PolynomialDecay(final_sparsity=sparsity, **SCHEDULE)
+    model = compile_and(kr.to_prunable(network(keras), pruning_schedule=schedule), keras)
+    model.fit(*data[0], batch_size=BATCH, epochs=EPOCHS, verbose=0, callbacks=[kr.callbacks.UpdatePruning()])
     plain = kr.strip(model)
-    compile_(plain, keras)
     return plain.evaluate(*data[1], verbose=0)[1], kr.summary(plain).sparsity
 
 
-def train_tfmot(data, schedule, epochs, **_):
+def train_tfmot(data, sparsity, seed):
     import tensorflow_model_optimization as tfmot
     import tf_keras
 
-    sparsity = tfmot.sparsity.keras
-    tf_keras.utils.set_random_seed(keras.utils.get_random_seed() if hasattr(keras.utils, "get_random_seed") else 0)
-    model = sparsity.prune_low_magnitude(network(tf_keras), pruning_schedule=sparsity.PolynomialDecay(**schedule))
-    compile_(model, tf_keras)
-    model.fit(*data[0], batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[sparsity.UpdatePruningStep()])
-    plain = sparsity.strip_pruning(model)
-    compile_(plain, tf_keras)
-    kernels = [layer.kernel.numpy() for layer in plain.layers if hasattr(layer, "kernel")]
-    zeros = sum(np.count_nonzero(kernel == 0) for kernel in kernels) / sum(kernel.size for kernel in kernels)
-    return plain.evaluate(*data[1], verbose=0)[1], zeros
+    tf_keras.utils.set_random_seed(seed)
+    library = tfmot.sparsity.keras
+    schedule = library.PolynomialDecay(final_sparsity=sparsity, **SCHEDULE)
+    model = compile_and(library.prune_low_magnitude(network(tf_keras), pruning_schedule=schedule), tf_keras)
+    model.fit(*data[0], batch_size=BATCH, epochs=EPOCHS, verbose=0, callbacks=[library.UpdatePruningStep()])
+    plain = compile_and(library.strip_pruning(model), tf_keras)
+    kernels = [weight.numpy() for weight in plain.weights if len(weight.shape) > 1]
+    zeros = sum(np.count_nonzero(kernel == 0) for kernel in kernels)
+    return plain.evaluate(*data[1], verbose=0)[1], zeros / sum(kernel.size for kernel in kernels)
+
+
+def measure(name, data_dir, seeds):
+    """Train everything on one data set, ours and tfmot's in turns; yields one row a run."""
+    data = [(images.reshape(len(images), -1), labels) for images, labels in datasets.load(name, data_dir)]
+    for seed in seeds:
+        yield name, 0.0, "dense", seed, *train_dense(data, 0.0, seed)
+        for sparsity in SPARSITIES:
+            yield name, sparsity, "keras_renorm", seed, *train_ours(data, sparsity, seed)
+            yield name, sparsity, "tfmot", seed, *train_tfmot(data, sparsity, seed)
+
+
+def table(rows) -> str:
+    lines = ["data set        sparsity  library        mean    lowest  highest  (test accuracy)"]
+    for key in dict.fromkeys(row[:3] for row in rows):
+        accuracies = [row[4] for row in rows if row[:3] == key]
+        name, sparsity, library = key
+        lines.append(
+            f"{name:14}  {sparsity:8.2f}  {library:12}  {np.mean(accuracies):6.4f}  {min(accuracies):6.4f}  {max(accuracies):6.4f}"
+        )
+    return "\n".join(lines)
+
+
+def picture(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row[0] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
+    for ax, name in zip(axes[0], names):
+        dense = np.mean([row[4] for row in rows if row[0] == name and row[2] == "dense"])
+        ax.axhline(dense, color="0.6", linestyle=":", label="dense")
+        for library, style in (("keras_renorm", "o-"), ("tfmot", "s--")):
+            curves = [[row[4] for row in rows if row[:3] == (name, sparsity, library)] for sparsity in SPARSITIES]
+            means = [np.mean(curve) for curve in curves]
+            spread = [[mean - min(curve) for mean, curve in zip(means, curves)], [max(c) - m for m, c in zip(means, curves)]]
+            ax.errorbar(range(len(SPARSITIES)), means, yerr=spread, fmt=style, capsize=3, label=library)
+        ax.set(title=name, xlabel="sparsity", ylabel="test accuracy", xticks=range(len(SPARSITIES)))
+        ax.set_xticklabels([f"{sparsity:.0%}" for sparsity in SPARSITIES])
+        ax.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", nargs="+", default=["mnist", "fashion_mnist"], help="images of 28x28")
+    parser.add_argument("--data-dir", default=os.environ.get("KERAS_RENORM_DATA"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--out", default=str(pathlib.Path(__file__).parent / "results"), help="folder of the JSON and the picture"
+    )
+    arguments = parser.parse_args()
+    out = pathlib.Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in arguments.dataset:
+        for row in measure(name, arguments.data_dir, range(arguments.seeds)):
+            rows.append(row)
+            print("{} sparsity {} {} seed {}: accuracy {:.4f}, zeros {:.4f}".format(*row), flush=True)
+            fields = ("dataset", "sparsity", "library", "seed", "accuracy", "zeros")
+            (out / "gradual.json").write_text(json.dumps([dict(zip(fields, row)) for row in rows], indent=1))
+    print(table(rows))
+    picture(rows, out / "gradual.png")
+
+
+if __name__ == "__main__":
+    main()

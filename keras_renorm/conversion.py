@@ -146,9 +146,7 @@ def never_pruned(model: keras.Model) -> str | None:
     names = [layer.name for layer in idle]
     trained = max(int(ops.convert_to_numpy(layer.pruning_step)) for layer in idle)
     if trained <= 0:
-        remedy = (
-            "Pass the callback when training: `model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
-        )
+        remedy = "Pass the callback when training: `model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
     else:
         remedy = f"Training stopped after {trained} steps: train longer, or let the schedule begin earlier."
     return f"No pruning event ever ran: layers {names} have a schedule, but all their weights are still there. {remedy}"

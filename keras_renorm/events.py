@@ -22,6 +22,7 @@ def prune_kernel(
     mask: np.ndarray | None = None,
     scale: Any = 1.0,
     regrow: bool = False,
+    read: np.ndarray | None = None,
     description: str = "The kernel",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mask and the scales that a kernel gets.
@@ -37,6 +38,8 @@ def prune_kernel(
         mask: the mask until now; `None` for none.
         scale: the scales until now, broadcasting against the kernel.
         regrow: whether a weight that `mask` removes may come back.
+        read: bool for each unit, along the last axis: the weights of units that nothing reads go first. `None` if all
+            are read.
         description: the kernel's name in error messages.
 
     Returns:
@@ -50,9 +53,12 @@ def prune_kernel(
     current = np.where(mask, scaled, 0) if pruned_before else scaled
     validation.check_finite(current, description)
     scores = score(criterion, scaled if regrow else current)
-    if pruned_before and not regrow:
-        # Below every weight that is still there, so that the count comes out exactly.
-        scores = np.where(mask, scores, np.nextafter(scores.min(), -np.inf))
+    useful = mask if pruned_before and not regrow else None
+    if read is not None and not read.all():
+        useful = np.broadcast_to(read, kernel.shape) if useful is None else useful & read
+    if useful is not None:
+        # Below every other weight, so that the count comes out exactly.
+        scores = np.where(useful, scores, np.nextafter(scores.min(), -np.inf))
     new_mask = masks.compute_mask(scores, sparsity, pattern, group, input_axes)
     if pruned_before and not regrow:
         new_mask &= mask

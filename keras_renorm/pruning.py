@@ -12,6 +12,7 @@ from keras import ops
 from keras_renorm import criteria, masks, patterns, renorm, validation
 from keras_renorm.conversion import choose_layers, rebuild, strip
 from keras_renorm.events import prune_kernel
+from keras_renorm.graph import walk_back
 from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.masked import masked_layers
 
@@ -75,21 +76,37 @@ def prune(
             validation.check_finite(ops.convert_to_numpy(kernel.variable), _describe(kernel, layer))
 
     pruned, counterparts = rebuild(model, lambda layer: None)
-    for key, layer in chosen.items():
-        wanted = next(value for name, value in by_name.items() if fnmatch.fnmatchcase(layer.name, name))
-        for kernel in find_kernels(counterparts[key]):
+    wanted = {
+        id(counterparts[key]): next(value for name, value in by_name.items() if fnmatch.fnmatchcase(layer.name, name))
+        for key, layer in chosen.items()
+    }
+    done = set()
+
+    def prune_layer(layer, read=None):
+        done.add(id(layer))
+        for kernel in find_kernels(layer):
             values = ops.convert_to_numpy(kernel.variable)
-            mask, scale = prune_kernel(
-                values,
-                wanted,
-                criterion,
-                pattern,
-                group,
-                renormalize,
-                kernel.input_axes,
-                description=_describe(kernel, layer),
-            )
-            kernel.variable.assign(np.where(mask, values * scale, 0))
+            if id(layer) in wanted:
+                mask, scale = prune_kernel(
+                    values,
+                    wanted[id(layer)],
+                    criterion,
+                    pattern,
+                    group,
+                    renormalize,
+                    kernel.input_axes,
+                    read=read,
+                    description=_describe(kernel, layer),
+                )
+                kernel.variable.assign(np.where(mask, values * scale, 0))
+            else:
+                mask = values != 0
+        return mask
+
+    walk_back(pruned, prune_layer)
+    for key in chosen:
+        if id(counterparts[key]) not in done:
+            prune_layer(counterparts[key])
     return pruned
 
 

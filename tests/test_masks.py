@@ -1,4 +1,3 @@
-
 import numpy as np
 import pytest
 
@@ -7,7 +6,6 @@ from keras_renorm.masks import GROUPS, compute_mask
 
 ALL_PATTERNS = ["unstructured", patterns.Block((4, 1)), patterns.Block((3, 2)), patterns.NOfM(2, 4), "unit"]
 SHAPES = [(1, 1), (7, 1), (1, 5), (8, 6), (13, 9), (3, 3, 5, 7)]
-
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,5 +95,3 @@ def test_scores_that_are_nan(group):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
 def test_scores_of_any_dtype(dtype):
     np.testing.assert_array_equal(compute_mask(np.array([[1, 2, 3, 4]], dtype), 0.5), [[False, False, True, True]])
-
-

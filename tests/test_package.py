@@ -18,7 +18,7 @@ ROOMS = [
     ["criteria"],
     ["events"],
     ["layers"],
-    ["conversion"],
+    ["conversion", "graph"],
     ["pruning", "summary", "callbacks"],
     ["export"],
 ]

@@ -49,7 +49,11 @@ def test_every_layer_with_every_pattern(name, pattern):
 
 @pytest.mark.parametrize("sparsity", [0, 0.3, 0.8, 0.95, 0.999])
 def test_exact_count(sparsity):
-    assert zeros(kr.prune(mlp(), sparsity)) == {"a": round(sparsity * 1200), "b": round(sparsity * 600), "c": round(sparsity * 80)}
+    assert zeros(kr.prune(mlp(), sparsity)) == {
+        "a": round(sparsity * 1200),
+        "b": round(sparsity * 600),
+        "c": round(sparsity * 80),
+    }
 
 
 def test_a_dict_prunes_those_layers_alone():
@@ -65,9 +69,7 @@ def test_by_hand():
     model = keras.Sequential([keras.Input((3,)), L.Dense(2, use_bias=False)])
     model.set_weights([np.array([[3.0, 1.0], [-1.0, -4.0], [0.5, 2.0]])])
     pruned = kr.prune(model, 1 / 3, group="unit", renormalize="l1")
-    np.testing.assert_allclose(
-        pruned.get_weights()[0], [[3 * 4.5 / 4, 0], [-4.5 / 4, -4 * 7 / 6], [0, 2 * 7 / 6]], rtol=1e-6
-    )
+    np.testing.assert_allclose(pruned.get_weights()[0], [[3 * 4.5 / 4, 0], [-4.5 / 4, -4 * 7 / 6], [0, 2 * 7 / 6]], rtol=1e-6)
 
 
 def test_pruning_again_keeps_zeros_zero():

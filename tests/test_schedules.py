@@ -37,9 +37,7 @@ def test_the_same_signature_as_tfmot(name, tfmot):
     import inspect
 
     ours, theirs = (inspect.signature(getattr(module, name).__init__) for module in (schedules, tfmot))
-    assert [(p.name, p.default) for p in ours.parameters.values()] == [
-        (p.name, p.default) for p in theirs.parameters.values()
-    ]
+    assert [(p.name, p.default) for p in ours.parameters.values()] == [(p.name, p.default) for p in theirs.parameters.values()]
 
 
 @pytest.mark.parametrize(("name", "arguments"), SETTINGS)

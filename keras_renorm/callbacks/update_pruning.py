@@ -5,7 +5,8 @@ from typing import Any
 import keras
 
 from keras_renorm import schedules
-from keras_renorm.layers.masked import NEVER, masked_layers
+from keras_renorm.graph import walk_back
+from keras_renorm.layers.masked import NEVER, MaskedLayer, masked_layers
 
 
 class UpdatePruning(keras.callbacks.Callback):
@@ -114,15 +115,31 @@ class UpdatePruning(keras.callbacks.Callback):
         for layer, _ in self._layers:
             layer.trained_steps = self._trained
         if due:
-            # On JAX, asking for the model brings the values of its variables up to date.
-            assert self.model is not None
-            layers = {self._layers[index][0]: sparsity for index, sparsity in due.items()}
-            # All are computed before one is changed: a kernel that has become NaN leaves the model as it was.
-            updates = {layer: layer.compute_masks(sparsity) for layer, sparsity in layers.items()}
-            for layer, update in updates.items():
-                layer.assign_masks(update)
-            self._measure()
-            self._save_step()
+            self._prune({id(self._layers[index][0]): sparsity for index, sparsity in due.items()})
+
+    def _prune(self, due: dict[int, float]) -> None:
+        """One event for the layers whose `id` is given, each with its sparsity."""
+        updates = {}
+
+        def visit(layer, read):
+            if id(layer) in due:
+                updates[id(layer)] = layer.compute_masks(due[id(layer)], read)
+                return updates[id(layer)][0][0]
+            if isinstance(layer, MaskedLayer):
+                return keras.ops.convert_to_numpy(layer.masked_kernels[0].mask)
+            return None
+
+        # On JAX, asking for the model brings the values of its variables up to date.
+        walk_back(self.model, visit)
+        for layer, _ in self._layers:
+            if id(layer) in due and id(layer) not in updates:
+                updates[id(layer)] = layer.compute_masks(due[id(layer)])
+        # Only now is anything changed: a kernel that has become NaN leaves the model as it was.
+        for layer, _ in self._layers:
+            if id(layer) in updates:
+                layer.assign_masks(updates[id(layer)])
+        self._measure()
+        self._save_step()
 
     def _measure(self) -> None:
         counts = [layer.count_kept() for layer, _ in self._layers]

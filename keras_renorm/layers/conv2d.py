@@ -24,7 +24,7 @@ class PrunableConv2D(PlainSubclass, MaskedLayer, keras.layers.Conv2D):
     >>> import keras_renorm as kr
     >>> layer = kr.layers.PrunableConv2D(8, 3, padding="same")
     >>> layer.build((None, 16, 16, 4))
-    >>> layer.mask.shape
+    >>> tuple(layer.mask.shape)
     (3, 3, 4, 8)
     """
 

@@ -140,9 +140,14 @@ class MaskedLayer:
         """
         self.assign_masks(self.compute_masks(sparsity))
 
-    def compute_masks(self, sparsity: float) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The masks and scales of an event, in the order of `masked_kernels`, without assigning them."""
-        return [self._compute_mask(kernel, sparsity) for kernel in self.masked_kernels]
+    def compute_masks(self, sparsity: float, read: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The masks and scales of an event, in the order of `masked_kernels`, without assigning them.
+
+        Args:
+            sparsity: fraction of the weights to remove, in [0, 1).
+            read: for a layer with one kernel, whether anything reads each unit; `None` if all are read.
+        """
+        return [self._compute_mask(kernel, sparsity, read) for kernel in self.masked_kernels]
 
     def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Set mask and scale of every kernel."""
@@ -150,7 +155,7 @@ class MaskedLayer:
             kernel.mask.assign(mask)
             kernel.scale.assign(np.reshape(scale, kernel.scale.shape))
 
-    def _compute_mask(self, masked: MaskedKernel, sparsity: float) -> tuple[np.ndarray, np.ndarray]:
+    def _compute_mask(self, masked: MaskedKernel, sparsity: float, read: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         kernel, mask, scale = (ops.convert_to_numpy(variable) for variable in (masked.variable, masked.mask, masked.scale))
         return prune_kernel(
             kernel,
@@ -163,6 +168,7 @@ class MaskedLayer:
             mask=mask,
             scale=scale,
             regrow=self.regrow,
+            read=read,
             description=f"Kernel '{masked.variable.path}' of layer '{self.name}'",
         )
 

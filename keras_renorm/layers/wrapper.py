@@ -36,7 +36,7 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
     >>> import keras, keras_renorm as kr
     >>> layer = kr.layers.RenormalizedPruning(keras.layers.LSTM(4))
     >>> layer.build((None, 5, 3))
-    >>> [kernel.mask.shape for kernel in layer.masked_kernels]
+    >>> [tuple(kernel.mask.shape) for kernel in layer.masked_kernels]
     [(3, 16), (4, 16)]
     """
 

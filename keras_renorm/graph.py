@@ -1,0 +1,155 @@
+"""Which units of a layer are read by what follows it.
+
+A unit whose output meets only pruned weights does nothing for the network, and its own weights are the first that can go.
+The walk goes from the outputs of a model back to its inputs and follows channels along the last axis of the tensors.
+Wherever it does not know a layer, it takes everything to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import keras
+import numpy as np
+from keras.src.models import Functional
+
+from keras_renorm.layers.masked import MaskedLayer
+
+L = keras.layers
+
+# Channel i of the output depends on channel i of the input only.
+_CHANNEL_BY_CHANNEL = (
+    L.Activation,
+    L.ReLU,
+    L.LeakyReLU,
+    L.ELU,
+    L.Dropout,
+    L.SpatialDropout1D,
+    L.SpatialDropout2D,
+    L.SpatialDropout3D,
+    L.GaussianDropout,
+    L.GaussianNoise,
+    L.Identity,
+    L.Rescaling,
+    L.MaxPooling1D,
+    L.MaxPooling2D,
+    L.MaxPooling3D,
+    L.AveragePooling1D,
+    L.AveragePooling2D,
+    L.AveragePooling3D,
+    L.GlobalMaxPooling1D,
+    L.GlobalMaxPooling2D,
+    L.GlobalMaxPooling3D,
+    L.GlobalAveragePooling1D,
+    L.GlobalAveragePooling2D,
+    L.GlobalAveragePooling3D,
+    L.ZeroPadding1D,
+    L.ZeroPadding2D,
+    L.ZeroPadding3D,
+    L.Cropping1D,
+    L.Cropping2D,
+    L.Cropping3D,
+    L.UpSampling1D,
+    L.UpSampling2D,
+    L.UpSampling3D,
+    L.Add,
+    L.Subtract,
+    L.Multiply,
+    L.Average,
+    L.Maximum,
+    L.Minimum,
+)
+_KERNEL_TIMES_CHANNELS = (L.Dense, L.Conv1D, L.Conv2D, L.Conv3D)
+# Others, such as softmax or a function of the user's, may mix channels: whoever reads one output reads them all.
+_ELEMENTWISE_ACTIVATIONS = {
+    keras.activations.get(name)
+    for name in """
+        linear relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign tanh sigmoid hard_sigmoid hard_silu
+        exponential log_sigmoid
+    """.split()  # noqa: SIM905
+}
+
+
+def walk_back(model: keras.Model, visit: Callable[[keras.Layer, np.ndarray], np.ndarray | None]) -> None:
+    """Visit the Dense and convolution layers of a model from its outputs to its inputs.
+
+    Args:
+        model: a built model. Layers inside other models in it, and those of a subclassed model, are not visited.
+        visit: called as `visit(layer, read)` with a bool for each unit of the layer: whether anything reads it. It answers
+            with the kernel's mask, bool and shaped like the kernel, or `None` for a mask of ones.
+    """
+    if not isinstance(model, (keras.Sequential, Functional)):
+        return
+    nodes = list(_nodes_from_the_outputs(model))
+    calls: dict[int, int] = {}
+    for node in nodes:
+        calls[id(node.operation)] = calls.get(id(node.operation), 0) + 1
+    read: dict[int, np.ndarray] = {}
+
+    def mark(tensor, channels):
+        size = tensor.shape[-1] if len(tensor.shape) else None
+        if size is None:
+            return
+        known = read.setdefault(id(tensor), np.zeros(size, bool))
+        known |= True if channels is None or len(channels) != size else channels
+
+    for tensor in keras.tree.flatten(model.outputs):
+        mark(tensor, None)
+    for node in nodes:
+        wanted = [read.get(id(tensor)) for tensor in node.outputs]
+        channels = wanted[0] if len(wanted) == 1 else None
+        operation = node.operation
+        layer = operation.layer if isinstance(operation, MaskedLayer) and hasattr(operation, "layer") else operation
+        if channels is None:
+            answers = [None] * len(node.input_tensors)
+        elif isinstance(layer, _KERNEL_TIMES_CHANNELS) and _by_last_axis(layer):
+            if layer.activation not in _ELEMENTWISE_ACTIVATIONS or calls[id(operation)] > 1:
+                channels = np.ones_like(channels)
+            mask = visit(operation, channels)
+            reading = np.ones(layer.kernel.shape, bool) if mask is None else mask
+            answers = [(reading & channels).reshape(-1, *reading.shape[-2:]).any(axis=(0, 2))]
+        else:
+            answers = _inputs_read(layer, channels, node.input_tensors)
+        for tensor, answer in zip(node.input_tensors, answers):
+            mark(tensor, answer)
+
+
+def _inputs_read(layer, channels, inputs) -> list[np.ndarray | None]:
+    """Which channels of each input a layer without a kernel reads for these channels of its output; `None` = all."""
+    if isinstance(layer, L.Activation) and layer.activation not in _ELEMENTWISE_ACTIVATIONS:
+        return [None] * len(inputs)
+    if isinstance(layer, _CHANNEL_BY_CHANNEL) and getattr(layer, "data_format", "channels_last") != "channels_first":
+        return [channels] * len(inputs)
+    if isinstance(layer, L.BatchNormalization) and layer.axis in (-1, len(inputs[0].shape) - 1):
+        return [channels]
+    if isinstance(layer, L.Flatten) and layer.data_format != "channels_first" and inputs[0].shape[-1]:
+        return [channels.reshape(-1, inputs[0].shape[-1]).any(axis=0)]
+    if isinstance(layer, L.Concatenate) and layer.axis in (-1, len(inputs[0].shape) - 1):
+        return np.split(channels, np.cumsum([tensor.shape[-1] for tensor in inputs])[:-1])
+    return [None] * len(inputs)
+
+
+def _by_last_axis(layer: keras.Layer) -> bool:
+    return getattr(layer, "groups", 1) == 1 and getattr(layer, "data_format", "channels_last") != "channels_first"
+
+
+def _nodes_from_the_outputs(model: keras.Model) -> Iterator:
+    """The calls that make the outputs, each after all calls that use what it makes."""
+    ordered, seen = [], set()
+
+    def descend(tensor):
+        stack = [(tensor, False)]
+        while stack:
+            tensor, done = stack.pop()
+            operation, index, _ = tensor._keras_history
+            node = operation._inbound_nodes[index]
+            if done:
+                ordered.append(node)
+            elif id(node) not in seen and not node.is_input:
+                seen.add(id(node))
+                stack.append((tensor, True))
+                stack.extend((source, False) for source in node.input_tensors)
+
+    for tensor in keras.tree.flatten(model.outputs):
+        descend(tensor)
+    return reversed(ordered)

@@ -1,0 +1,117 @@
+import keras
+import numpy as np
+import pytest
+
+import keras_renorm as kr
+from keras_renorm.graph import walk_back
+
+L = keras.layers
+
+
+def units_read(model, masks=None):
+    """What `walk_back` says is read, layer by layer."""
+    seen = {}
+
+    def visit(layer, read):
+        seen[layer.name] = read.tolist()
+        return (masks or {}).get(layer.name)
+
+    walk_back(model, visit)
+    return seen
+
+
+def only(shape, *kept):
+    mask = np.zeros(shape, bool)
+    for index in kept:
+        mask[index] = True
+    return mask
+
+
+def test_a_chain():
+    model = keras.Sequential([keras.Input((2,)), L.Dense(3, "relu", name="a"), L.Dropout(0.5), L.Dense(2, name="b")])
+    assert units_read(model) == {"a": [True] * 3, "b": [True] * 2}
+    assert units_read(model, {"b": only((3, 2), (1, 0))})["a"] == [False, True, False]
+
+
+def test_from_the_outputs_to_the_inputs():
+    model = keras.Sequential([keras.Input((2,)), *(L.Dense(2, "relu", name=name) for name in "abc")])
+    masks = {"c": only((2, 2), (1, 0), (1, 1)), "b": only((2, 2), (0, 1), (1, 0))}
+    assert units_read(model, masks) == {"c": [True, True], "b": [False, True], "a": [True, False]}
+
+
+def test_convolutions_flatten_and_normalization():
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4, 1)),
+            L.Conv2D(3, 3, padding="same", name="conv"),
+            L.BatchNormalization(),
+            L.ReLU(),
+            L.MaxPooling2D(),
+            L.Flatten(),
+            L.Dense(2, name="fc"),
+        ]
+    )
+    # Flatten lays (2, 2, 3) out with channels innermost: inputs 4 and 7 are channel 1.
+    assert units_read(model, {"fc": only((12, 2), (4, 0), (7, 1))})["conv"] == [False, True, False]
+
+
+def test_residual_and_concatenating_graphs():
+    inputs = keras.Input((4, 4, 2))
+    x = L.Conv2D(2, 1, name="a")(inputs)
+    y = L.Conv2D(2, 1, name="b")(x)
+    z = L.Concatenate()([L.Add()([x, y]), L.Conv2D(2, 1, name="c")(x)])
+    model = keras.Model(inputs, L.Dense(1, name="fc")(L.GlobalAveragePooling2D()(z)))
+    seen = units_read(model, {"fc": only((4, 1), (1, 0)), "b": only((1, 1, 2, 2), (0, 0, 0, 1)), "c": only((1, 1, 2, 2))})
+    assert seen["b"] == [False, True]
+    assert seen["c"] == [False, False]
+    assert seen["a"] == [True, True]  # channel 0 through b, channel 1 through the sum
+
+
+@pytest.mark.parametrize("activation", ["softmax", lambda x: x])
+def test_what_may_mix_channels_reads_them_all(activation):
+    model = keras.Sequential([keras.Input((2,)), L.Dense(3, activation, name="a"), L.Dense(2, name="b")])
+    assert units_read(model, {"b": only((3, 2), (1, 0))})["a"] == [True] * 3
+    inner = {"b": only((3, 2), (1, 0)), "a": None}
+    before = keras.Sequential([keras.Input((2,)), L.Dense(2, name="first"), *model.layers])
+    assert units_read(before, inner)["first"] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [L.LSTM(3, return_sequences=True), L.LayerNormalization(), L.Softmax(), L.Lambda(lambda x: x[..., ::-1])],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_an_unknown_layer_reads_everything(layer):
+    model = keras.Sequential([keras.Input((4, 3)), L.Dense(3, name="a"), layer, L.Dense(2, name="b")])
+    assert units_read(model, {"b": only((3, 2), (1, 0))})["a"] == [True] * 3
+
+
+def test_a_layer_called_twice_takes_everything_to_be_read():
+    layer = L.Dense(2, name="shared")
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, L.Dense(1, name="out")(layer(layer(inputs))))
+    assert units_read(model, {"out": only((2, 1), (0, 0))})["shared"] == [True, True]
+
+
+def test_weights_that_nothing_reads_go_first():
+    model = keras.Sequential([keras.Input((2,)), L.Dense(2, use_bias=False, name="a"), L.Dense(2, use_bias=False, name="b")])
+    model.set_weights([np.array([[9.0, 1.0], [8.0, 2.0]]), np.array([[0.1, 0.2], [3.0, 4.0]])])
+    pruned = kr.prune(model, 0.5, renormalize=None)
+    np.testing.assert_array_equal(pruned.get_weights()[1], [[0, 0], [3, 4]])
+    np.testing.assert_array_equal(pruned.get_weights()[0], [[0, 1], [0, 2]])
+    x = np.ones((1, 2), "float32")
+    alone = kr.prune(model, {"b": 0.5}, renormalize=None)
+    np.testing.assert_array_equal(pruned.predict_on_batch(x), alone.predict_on_batch(x))
+
+
+def test_and_in_training_too():
+    model = kr.to_prunable(
+        keras.Sequential([keras.Input((2,)), L.Dense(2, use_bias=False, name="a"), L.Dense(2, use_bias=False, name="b")])
+    )
+    for layer, kernel in zip(model.layers, ([[9.0, 1.0], [8.0, 2.0]], [[0.1, 0.2], [3.0, 4.0]])):
+        layer.kernel.assign(kernel)
+    pruning = kr.callbacks.UpdatePruning(kr.schedules.ConstantSparsity(0.5, 0))
+    pruning.set_model(model)
+    pruning.step()
+    np.testing.assert_array_equal(model.get_layer("b").mask.numpy(), [[False, False], [True, True]])
+    np.testing.assert_array_equal(model.get_layer("a").mask.numpy(), [[False, True], [False, True]])
