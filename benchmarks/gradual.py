@@ -8,6 +8,8 @@ get the same data, epochs, schedule and seeds. Writes the table as JSON and a pi
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import pathlib
 import sys
@@ -15,6 +17,7 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
+import datasets
 import keras
 import numpy as np
 
