@@ -91,7 +91,8 @@ def table(rows) -> str:
         accuracies = [row[4] for row in rows if row[:3] == key]
         name, sparsity, library = key
         lines.append(
-            f"{name:14}  {sparsity:8.2f}  {library:12}  {np.mean(accuracies):6.4f}  {min(accuracies):6.4f}  {max(accuracies):6.4f}"
+            f"{name:14}  {sparsity:8.2f}  {library:12}  {np.mean(accuracies):6.4f}  "
+            f"{min(accuracies):6.4f}  {max(accuracies):6.4f}"
         )
     return "\n".join(lines)
 

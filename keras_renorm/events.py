@@ -53,15 +53,9 @@ def prune_kernel(
     current = np.where(mask, scaled, 0) if pruned_before else scaled
     validation.check_finite(current, description)
     scores = score(criterion, scaled if regrow else current)
-    useful = mask if pruned_before and not regrow else None
-    if read is not None and not read.all():
-        useful = np.broadcast_to(read, kernel.shape) if useful is None else useful & read
-    if useful is not None:
-        # Below every other weight, so that the count comes out exactly.
-        scores = np.where(useful, scores, np.nextafter(scores.min(), -np.inf))
-    new_mask = masks.compute_mask(scores, sparsity, pattern, group, input_axes)
-    if pruned_before and not regrow:
-        new_mask &= mask
+    new_mask = masks.compute_mask(
+        scores, sparsity, pattern, group, input_axes, mask=mask if pruned_before and not regrow else None, read=read
+    )
     if renormalize is not None:
         scale = renormalize(current, np.where(new_mask, kernel, 0), input_axes)
     return new_mask, scale

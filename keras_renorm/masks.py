@@ -15,12 +15,15 @@ def compute_mask(
     pattern: str | patterns.Pattern = "unstructured",
     group: str = "layer",
     input_axes: tuple[int, ...] | None = None,
+    mask: np.ndarray | None = None,
+    read: np.ndarray | None = None,
 ) -> np.ndarray:
     """Keep the cells with the highest scores.
 
     `round(sparsity * cells)` cells are removed, out of the whole kernel or, with `group="unit"`, out of each unit. Of equal
-    scores the one with the lower index (inputs first, units last) stays. Costs about one pass of `numpy.partition`,
-    1.5 ns a weight.
+    scores the one with the lower index (inputs first, units last) stays. With `group="layer"` a unit that something reads
+    does not lose its last cell while there are enough for all such units: a network whose units are cut off from its inputs
+    cannot learn. Costs little more than `numpy.partition` and a few passes over the scores.
 
     Args:
         scores: array shaped like the kernel; larger = keep.
@@ -28,6 +31,8 @@ def compute_mask(
         pattern: name or instance of a pattern; with single weights, a cell is a weight.
         group: `"layer"` or `"unit"`: which cells compete with each other.
         input_axes: axes of the kernel that run over the inputs of one unit; all but the last by default.
+        mask: what was left before, bool, shaped like `scores`: what is gone stays gone and counts as removed.
+        read: bool for each unit, whether anything reads it: the cells of the others go first.
 
     Returns:
         Array of bool, shaped like `scores`; `True` = kept.
@@ -51,14 +56,25 @@ def compute_mask(
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float32)
     axes, shape = _inputs_then_units(scores.shape, input_axes)
-    ordered = scores.transpose(axes).reshape(shape)
-    cells = pattern.cells(ordered)
-    if group == "layer":
-        cells = _spare_last_of_units(cells, cells.size - round(sparsity * cells.size))
-    kept = ~_lowest(cells, sparsity, per_column=group == "unit")
-    mask = pattern.expand(kept, shape)
     moved = tuple(scores.shape[axis] for axis in axes)
-    return np.ascontiguousarray(mask.reshape(moved).transpose(np.argsort(axes)))
+
+    def ordered(array):
+        return array.transpose(axes).reshape(shape)
+
+    cells = pattern.cells(ordered(scores))
+    if np.isnan(cells.max()):
+        raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
+    kept = cells.size - round(sparsity * cells.size)
+    if read is not None and not read.all():
+        idle = ~pattern.any(np.broadcast_to(np.reshape(read, -1), shape))
+        cells = np.where(idle & (cells < np.inf), np.nextafter(cells.min(), -np.inf), cells)
+    if mask is not None:
+        cells = np.where(pattern.any(ordered(mask)), cells, -np.inf)
+    if group == "layer":
+        cells = _spare_last_of_units(cells, kept, read=None if read is None or read.all() else ~idle.any(axis=0))
+    new_mask = pattern.expand(~_lowest(cells, sparsity, per_column=group == "unit"), shape)
+    new_mask = np.ascontiguousarray(new_mask.reshape(moved).transpose(np.argsort(axes)))
+    return new_mask if mask is None else new_mask & mask
 
 
 def unit_axes(rank: int, input_axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,14 +91,17 @@ def _inputs_then_units(shape, input_axes):
     return inputs + units, (*(shape[axis] for axis in inputs), number_of_units)
 
 
-def _spare_last_of_units(cells: np.ndarray, kept: int) -> np.ndarray:
-    """Mark the best cell of every column, `inf`, if that many are kept; columns where nothing stands out are left out."""
-    best = cells.max(axis=0)
-    spared = np.flatnonzero(best > cells.min())
-    if not 0 < len(spared) <= kept < cells.size:
+def _spare_last_of_units(cells: np.ndarray, kept: int, read: np.ndarray | None) -> np.ndarray:
+    """Mark the best cell of every column that is read, `inf`, if so many are kept. A column of the lowest cells has none."""
+    if kept == cells.size:
         return cells
+    worth = cells.max(axis=0) > cells.min()
+    spared = np.flatnonzero(worth if read is None else worth & read)
+    if len(spared) > kept:
+        return cells
+    best = cells[:, spared].argmax(axis=0)
     cells = cells.copy()
-    cells[cells[:, spared].argmax(axis=0), spared] = np.inf
+    cells[best, spared] = np.inf
     return cells
 
 
@@ -92,8 +111,6 @@ def _lowest(cells: np.ndarray, sparsity: float, per_column: bool) -> np.ndarray:
     count = round(sparsity * columns.shape[0])
     if count == 0:
         return np.zeros(cells.shape, bool)
-    if np.isnan(columns.max()):
-        raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
     threshold = np.partition(columns, count - 1, axis=0)[count - 1]
     lowest = columns < threshold
     tied = columns == threshold

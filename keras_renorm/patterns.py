@@ -30,6 +30,10 @@ class Pattern(serialization.Configurable):
         """
         return scores.reshape(-1, scores.shape[-1])
 
+    def any(self, flags: np.ndarray) -> np.ndarray:
+        """Whether any weight of each cell is flagged: bool of shape `(..., inputs, units)` -> bool of the shape of `cells`."""
+        return flags.reshape(-1, flags.shape[-1])
+
     def expand(self, kept: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Spread kept cells over their weights: bool of the shape of `cells` -> bool of shape `shape`."""
         return kept.reshape(shape)
@@ -76,10 +80,15 @@ class Block(Pattern):
         self.size = tuple(int(side) for side in size)
 
     def cells(self, scores):
-        matrix = super().cells(scores)
+        return self._reduce(np.add, super().cells(scores))
+
+    def any(self, flags):
+        return self._reduce(np.logical_or, super().any(flags))
+
+    def _reduce(self, operation, matrix):
         for axis, side in enumerate(self.size):
             if side > 1:
-                matrix = np.add.reduceat(matrix, np.arange(0, matrix.shape[axis], side), axis=axis)
+                matrix = operation.reduceat(matrix, np.arange(0, matrix.shape[axis], side), axis=axis)
         return matrix
 
     def expand(self, kept, shape):
@@ -157,6 +166,9 @@ class Unit(Pattern):
 
     def cells(self, scores):
         return super().cells(scores).sum(axis=0, keepdims=True)
+
+    def any(self, flags):
+        return super().any(flags).any(axis=0, keepdims=True)
 
     def expand(self, kept, shape):
         return np.broadcast_to(kept.reshape(-1), shape).copy()

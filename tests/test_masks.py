@@ -95,3 +95,41 @@ def test_scores_that_are_nan(group):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
 def test_scores_of_any_dtype(dtype):
     np.testing.assert_array_equal(compute_mask(np.array([[1, 2, 3, 4]], dtype), 0.5), [[False, False, True, True]])
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_gone_stays_gone_and_the_count_is_exact(pattern, group, generator):
+    if pattern == "unit" and group == "unit":
+        pytest.skip("refused: see test_patterns")
+    before = compute_mask(generator.random((24, 12)), 0.25, pattern, group)
+    read = generator.random(12) < 0.6
+    after = compute_mask(generator.random((24, 12)), 0.5, pattern, group, mask=before, read=read)
+    assert not (after & ~before).any()
+    fresh = compute_mask(generator.random((24, 12)), 0.5, pattern, group)
+    assert np.count_nonzero(after) == np.count_nonzero(fresh)
+
+
+def test_cells_of_units_that_nothing_reads_go_first():
+    scores = np.array([[9.0, 1.0], [8.0, 2.0], [7.0, 3.0]])
+    mask = compute_mask(scores, 0.5, read=np.array([False, True]))
+    np.testing.assert_array_equal(mask, [[False, True], [False, True], [False, True]])
+    mask = compute_mask(scores, 2 / 3, read=np.array([False, True]))
+    np.testing.assert_array_equal(mask, [[False, False], [False, True], [False, True]])
+
+
+def test_no_unit_loses_its_last_weight_while_there_are_enough():
+    scores = np.array([[9.0, 0.1, 5.0], [8.0, 0.2, 4.0], [7.0, 0.3, 3.0]])
+    np.testing.assert_array_equal(
+        compute_mask(scores, 6 / 9), [[True, False, True], [False, False, False], [False, True, False]]
+    )
+    np.testing.assert_array_equal(compute_mask(scores, 7 / 9), [[True, False, False], [True, False, False], [False] * 3])
+    np.testing.assert_array_equal(
+        compute_mask(scores, 7 / 9, read=np.array([True, True, False])),
+        [[True, False, False], [False] * 3, [False, True, False]],
+    )
+
+
+def test_units_of_zeros_are_not_spared():
+    scores = np.array([[0.0, 1.0, 5.0], [0.0, 2.0, 4.0]])
+    np.testing.assert_array_equal(compute_mask(scores, 0.5), [[False, False, True], [False, True, True]])
