@@ -38,7 +38,7 @@ def prune(
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance.
         group: `"layer"` or `"unit"`: which weights compete with each other.
         renormalize: `"auto"`, `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning. `"auto"` is the data-free one
-            that measures best: `"l1"` with `group="unit"`, none with `group="layer"`.
+            that measures best: `L2()` with `group="unit"`, `L2(max_scale=2)` with `group="layer"`.
         layers: which layers, as in `keras_renorm.to_prunable`.
 
     Returns:

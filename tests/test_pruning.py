@@ -110,8 +110,8 @@ def test_a_unit_keeps_its_last_weight_while_there_are_enough():
     kernel = np.array([[9.0, 0.1], [8.0, 0.2], [7.0, 0.3], [6.0, 0.4]])
     model = keras.Sequential([keras.Input((4,)), L.Dense(2, use_bias=False)])
     model.set_weights([kernel])
-    np.testing.assert_allclose(kr.prune(model, 0.75).get_weights()[0], [[9, 0], [0, 0], [0, 0], [0, 0.4]])
-    np.testing.assert_allclose(kr.prune(model, 0.875).get_weights()[0], [[9, 0], [0, 0], [0, 0], [0, 0]])
+    np.testing.assert_allclose(kr.prune(model, 0.75, renormalize=None).get_weights()[0], [[9, 0], [0, 0], [0, 0], [0, 0.4]])
+    np.testing.assert_allclose(kr.prune(model, 0.875, renormalize=None).get_weights()[0], [[9, 0], [0, 0], [0, 0], [0, 0]])
 
 
 def test_a_kernel_that_is_not_finite_is_named():

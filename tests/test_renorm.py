@@ -65,8 +65,8 @@ def test_the_theorem(generator):
 
 
 def test_auto_is_what_measures_best():
-    assert renorm.get("auto", "unit") == renorm.L1()
-    assert renorm.get("auto", "layer") is None
+    assert renorm.get("auto", "unit") == renorm.L2()
+    assert renorm.get("auto", "layer") == renorm.L2(max_scale=2.0)
     assert renorm.get(None) is None
 
 

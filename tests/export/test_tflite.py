@@ -1,0 +1,176 @@
+import os
+
+import keras
+import numpy as np
+import pytest
+
+import keras_renorm as kr
+from keras_renorm.export import tflite, verification
+
+pytest.importorskip("tensorflow")
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("export needs TensorFlow", allow_module_level=True)
+
+L = keras.layers
+
+
+def dense(sparsity=0.9):
+    model = keras.Sequential([keras.Input((256,)), L.Dense(512, "relu", name="one"), L.Dense(10, name="two")])
+    return kr.prune(model, sparsity) if sparsity else model
+
+
+def convolutional():
+    model = keras.Sequential(
+        [
+            keras.Input((16, 16, 3)),
+            L.Conv2D(16, 3, activation="relu"),
+            L.DepthwiseConv2D(3),
+            L.Conv2D(64, 1, activation="relu"),
+            L.GlobalAveragePooling2D(),
+            L.Dense(10),
+        ]
+    )
+    return kr.prune(model, 0.8)
+
+
+def two_inputs():
+    b, a = keras.Input((64,), name="b"), keras.Input((32,), name="a")
+    x = L.Concatenate()([L.Dense(64, "relu")(b), a])
+    return kr.prune(keras.Model([b, a], [L.Dense(3, name="z")(x), L.Dense(2, name="y")(x)]), 0.8)
+
+
+def named():
+    inputs = {"a": keras.Input((32,), name="a"), "b": keras.Input((64,), name="b")}
+    x = L.Concatenate()([inputs["b"], inputs["a"]])
+    return kr.prune(keras.Model(inputs, {"p": L.Dense(3)(x), "o": L.Dense(2)(x)}), 0.8)
+
+
+def tokens():
+    return keras.Sequential([keras.Input((6,), dtype="int32"), L.Embedding(50, 16), L.GlobalAveragePooling1D(), L.Dense(2)])
+
+
+def recurrent():
+    return kr.prune(keras.Sequential([keras.Input((5, 8)), L.LSTM(16), L.Dense(2)]), 0.8)
+
+
+def prunable():
+    model = kr.to_prunable(dense(None), renormalize="l2")
+    for layer in model.layers:
+        layer.update_masks(0.9)
+    return model
+
+
+MODELS = [dense, convolutional, two_inputs, named, tokens, recurrent, prunable]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("quantize", [None, "float16", "int8"])
+def test_every_file_loads_and_agrees(make, quantize, tmp_path):
+    report = kr.export_tflite(make(), tmp_path / "model.tflite", quantize=quantize)
+    assert report.path.stat().st_size == report.bytes
+    assert report.bytes <= report.dense_bytes
+    tolerance = {None: 1e-5, "float16": 2e-3, "int8": 3e-2}[quantize]
+    assert report.difference <= tolerance * max(report.output_range, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.tflite"]
+
+
+def test_a_dense_network_at_90_percent_takes_a_fifth(tmp_path):
+    report = kr.export_tflite(dense(0.9), tmp_path / "model.tflite")
+    dense_bytes = kr.export_tflite(dense(None), tmp_path / "dense.tflite").bytes
+    assert report.stored_sparse
+    assert report.dense_bytes == pytest.approx(dense_bytes, rel=0.01)
+    assert report.bytes <= dense_bytes / 5
+    assert report.ratio == report.bytes / report.dense_bytes
+    assert [tensor.stored_sparse for tensor in report.tensors] == [True, True]
+    assert [round(tensor.sparsity, 3) for tensor in report.tensors] == [0.9, 0.9]
+    assert sum(tensor.bytes for tensor in report.tensors) < report.bytes
+    assert "sparse storage" in str(report)
+
+
+def test_a_dense_network_is_stored_dense(tmp_path):
+    report = kr.export_tflite(dense(None), tmp_path / "model.tflite")
+    assert not report.stored_sparse
+    assert report.bytes == report.dense_bytes
+
+
+def test_full_integers_with_representative_data(tmp_path, generator):
+    data = generator.standard_normal((64, 16, 16, 3)).astype("float32")
+    report = kr.export_tflite(convolutional(), tmp_path / "model.tflite", quantize="int8", representative_data=data)
+    dynamic = kr.export_tflite(convolutional(), tmp_path / "dynamic.tflite", quantize="int8")
+    assert {tensor.dtype for tensor in report.tensors} == {"int8"}
+    assert "float32" in {tensor.dtype for tensor in dynamic.tensors}
+    assert report.difference < 0.1 * report.output_range
+
+
+def test_what_does_not_run_sparse_is_stored_dense_and_said(tmp_path):
+    """Dynamic-range int8 with single-weight sparsity does not load on x86. When this fails, the runtime was mended."""
+    report = kr.export_tflite(dense(0.9), tmp_path / "model.tflite", quantize="int8")
+    assert not report.stored_sparse
+    assert "Stored dense: the runtime does not run this network with sparse storage" in report.notes[0]
+
+
+def test_given_samples_are_compared(tmp_path, monkeypatch):
+    seen = []
+    original = verification.run
+    monkeypatch.setattr(tflite, "run", lambda path, inputs, names: seen.append(inputs) or original(path, inputs, names))
+    samples = np.full((3, 256), 0.5)
+    kr.export_tflite(dense(), tmp_path / "model.tflite", samples=samples)
+    np.testing.assert_array_equal(seen[0][0], samples)
+
+
+def test_a_recurrent_model_takes_one_sample_at_a_time(tmp_path):
+    report = kr.export_tflite(recurrent(), tmp_path / "model.tflite")
+    assert "one sample at a time" in report.notes[0]
+
+
+@pytest.mark.parametrize("failing", ["convert", "run"])
+def test_a_failure_leaves_the_old_file(failing, tmp_path, monkeypatch):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"old")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(tflite, "_convert" if failing == "convert" else "run", fail)
+    with pytest.raises(RuntimeError, match="no such operation"):
+        kr.export_tflite(dense(), path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["model.tflite"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(path="model.lite"), ValueError, r"`path` must end in '.tflite'"),
+        (dict(path="missing/model.tflite"), OSError, "`path` cannot be written.*missing"),
+        (dict(quantize="int4"), ValueError, "`quantize` must be one of"),
+        (dict(representative_data=np.ones((4, 256))), ValueError, "`representative_data` is used with `quantize='int8'`"),
+        (
+            dict(quantize="int8", representative_data=np.ones((4, 255))),
+            ValueError,
+            r"`representative_data` must hold arrays of shapes \[\(None, 256\)\].*Received: shapes \[\(4, 255\)\]",
+        ),
+        (dict(quantize="int8", representative_data=np.ones((0, 256))), ValueError, "`representative_data` must hold"),
+        (dict(samples=[np.ones((4, 256)), np.ones((4, 256))]), ValueError, "`samples` must hold arrays"),
+        (dict(samples={"inputs": np.ones((4, 256))}), ValueError, "`samples` has no entry for inputs"),
+    ],
+)
+def test_wrong_arguments_write_nothing(arguments, error, message, tmp_path):
+    arguments = {"path": "model.tflite", **arguments}
+    arguments["path"] = tmp_path / arguments["path"]
+    with pytest.raises(error, match=message):
+        kr.export_tflite(dense(), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    (tmp_path / "model.tflite").mkdir()
+    with pytest.raises(OSError, match="it is a folder"):
+        kr.export_tflite(dense(), tmp_path / "model.tflite")
+
+
+def test_no_event_is_said(tmp_path):
+    model = kr.to_prunable(dense(None), pruning_schedule=kr.schedules.ConstantSparsity(0.5, 0))
+    with pytest.warns(UserWarning, match="No pruning event ever ran"):
+        report = kr.export_tflite(model, tmp_path / "model.tflite")
+    assert "No pruning event ever ran" in report.notes[0]
