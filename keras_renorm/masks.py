@@ -64,15 +64,18 @@ def compute_mask(
     cells = pattern.cells(ordered(scores))
     if np.isnan(cells.max()):
         raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
-    kept = cells.size - round(sparsity * cells.size)
+    idle = None
     if read is not None and not read.all():
         idle = ~pattern.any(np.broadcast_to(np.reshape(read, -1), shape))
         cells = np.where(idle & (cells < np.inf), np.nextafter(cells.min(), -np.inf), cells)
     if mask is not None:
         cells = np.where(pattern.any(ordered(mask)), cells, -np.inf)
-    if group == "layer":
-        cells = _spare_last_of_units(cells, kept, read=None if read is None or read.all() else ~idle.any(axis=0))
-    new_mask = pattern.expand(~_lowest(cells, sparsity, per_column=group == "unit"), shape)
+    lowest = _lowest(cells, sparsity, per_column=group == "unit")
+    if group == "layer" and (spared := _last_of_units(cells, lowest, idle)) is not None:
+        cells = cells.copy()
+        cells[spared] = np.inf
+        lowest = _lowest(cells, sparsity, per_column=False)
+    new_mask = pattern.expand(~lowest, shape)
     new_mask = np.ascontiguousarray(new_mask.reshape(moved).transpose(np.argsort(axes)))
     return new_mask if mask is None else new_mask & mask
 
@@ -91,18 +94,16 @@ def _inputs_then_units(shape, input_axes):
     return inputs + units, (*(shape[axis] for axis in inputs), number_of_units)
 
 
-def _spare_last_of_units(cells: np.ndarray, kept: int, read: np.ndarray | None) -> np.ndarray:
-    """Mark the best cell of every column that is read, `inf`, if so many are kept. A column of the lowest cells has none."""
-    if kept == cells.size:
-        return cells
+def _last_of_units(cells: np.ndarray, lowest: np.ndarray, idle: np.ndarray | None) -> tuple | None:
+    """Where the best cell of every column is that has one to keep, if a column would lose all and there are enough."""
+    lost = lowest.all(axis=0)
+    if not lost.any():
+        return None
     worth = cells.max(axis=0) > cells.min()
-    spared = np.flatnonzero(worth if read is None else worth & read)
-    if len(spared) > kept:
-        return cells
-    best = cells[:, spared].argmax(axis=0)
-    cells = cells.copy()
-    cells[best, spared] = np.inf
-    return cells
+    columns = np.flatnonzero(worth if idle is None else worth & ~idle.all(axis=0))
+    if not lost[columns].any() or len(columns) > np.count_nonzero(~lowest):
+        return None
+    return cells[:, columns].argmax(axis=0), columns
 
 
 def _lowest(cells: np.ndarray, sparsity: float, per_column: bool) -> np.ndarray:
