@@ -301,4 +301,5 @@ def _copy_weights(source: keras.Layer, target: keras.Layer) -> None:
             f"{[tuple(variable.shape) for variable in variables]}. Check its `get_config()` and `build()`."
         )
     for value, variable in zip(values, variables):
-        variable.assign(value)
+        # By way of NumPy: on JAX the two models would share arrays, which training frees.
+        variable.assign(ops.convert_to_numpy(value))

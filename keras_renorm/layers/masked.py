@@ -30,7 +30,7 @@ class MaskedKernel(Kernel):
         kernel = ops.convert_to_tensor(self.variable)
         scaled = kernel * ops.cast(self.scale, kernel.dtype)
         # `where`, not a product: a masked value may have become infinite and still must not count.
-        return ops.where(self.mask, scaled, ops.zeros_like(kernel))
+        return ops.where(ops.convert_to_tensor(self.mask), scaled, ops.zeros_like(kernel))
 
 
 class MaskedLayer:
