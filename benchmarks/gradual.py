@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import datasets
@@ -75,12 +75,12 @@ def train_tfmot(data, sparsity, seed):
     return plain.evaluate(*data[1], verbose=0)[1], zeros / sum(kernel.size for kernel in kernels)
 
 
-def measure(name, data_dir, seeds):
+def measure(name, data_dir, seeds, sparsities):
     """Train everything on one data set, ours and tfmot's in turns; yields one row a run."""
     data = [(images.reshape(len(images), -1), labels) for images, labels in datasets.load(name, data_dir)]
     for seed in seeds:
         yield name, 0.0, "dense", seed, *train_dense(data, 0.0, seed)
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             yield name, sparsity, "keras_renorm", seed, *train_ours(data, sparsity, seed)
             yield name, sparsity, "tfmot", seed, *train_tfmot(data, sparsity, seed)
 
@@ -97,7 +97,7 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
-def picture(rows, path):
+def picture(rows, sparsities, path):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,12 +109,12 @@ def picture(rows, path):
         dense = np.mean([row[4] for row in rows if row[0] == name and row[2] == "dense"])
         ax.axhline(dense, color="0.6", linestyle=":", label="dense")
         for library, style in (("keras_renorm", "o-"), ("tfmot", "s--")):
-            curves = [[row[4] for row in rows if row[:3] == (name, sparsity, library)] for sparsity in SPARSITIES]
+            curves = [[row[4] for row in rows if row[:3] == (name, sparsity, library)] for sparsity in sparsities]
             means = [np.mean(curve) for curve in curves]
             spread = [[mean - min(curve) for mean, curve in zip(means, curves)], [max(c) - m for m, c in zip(means, curves)]]
-            ax.errorbar(range(len(SPARSITIES)), means, yerr=spread, fmt=style, capsize=3, label=library)
-        ax.set(title=name, xlabel="sparsity", ylabel="test accuracy", xticks=range(len(SPARSITIES)))
-        ax.set_xticklabels([f"{sparsity:.0%}" for sparsity in SPARSITIES])
+            ax.errorbar(range(len(sparsities)), means, yerr=spread, fmt=style, capsize=3, label=library)
+        ax.set(title=name, xlabel="sparsity", ylabel="test accuracy", xticks=range(len(sparsities)))
+        ax.set_xticklabels([f"{sparsity:.0%}" for sparsity in sparsities])
         ax.legend()
     figure.savefig(path, dpi=120)
 
@@ -124,6 +124,7 @@ def main():
     parser.add_argument("--dataset", nargs="+", default=["mnist", "fashion_mnist"], help="images of 28x28")
     parser.add_argument("--data-dir", default=os.environ.get("KERAS_RENORM_DATA"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument(
         "--out", default=str(pathlib.Path(__file__).parent / "results"), help="folder of the JSON and the picture"
     )
@@ -132,13 +133,13 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in arguments.dataset:
-        for row in measure(name, arguments.data_dir, range(arguments.seeds)):
+        for row in measure(name, arguments.data_dir, range(arguments.seeds), arguments.sparsity):
             rows.append(row)
             print("{} sparsity {} {} seed {}: accuracy {:.4f}, zeros {:.4f}".format(*row), flush=True)
             fields = ("dataset", "sparsity", "library", "seed", "accuracy", "zeros")
             (out / "gradual.json").write_text(json.dumps([dict(zip(fields, row)) for row in rows], indent=1))
     print(table(rows))
-    picture(rows, out / "gradual.png")
+    picture(rows, arguments.sparsity, out / "gradual.png")
 
 
 if __name__ == "__main__":

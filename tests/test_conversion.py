@@ -188,6 +188,14 @@ def test_a_layer_with_lora_is_left_and_listed():
     assert [layer.name for layer in masked_layers(prunable)] == ["b"]
 
 
+def test_a_layer_that_was_never_built_is_named():
+    model = Subclassed()
+    model.first.build((None, 6))
+    model.built = True
+    assert [row.layer for row in kr.summary(model).rows] == [model.first.name]
+    assert ["was never built" in note for note in kr.summary(model).notes] == [True, True]
+
+
 def test_names_that_are_not_there():
     with pytest.raises(ValueError, match=r"`layers` names no layer.*'fcc'.*conv_a"):
         kr.to_prunable(residual_named(), layers=["fc", "fcc"])

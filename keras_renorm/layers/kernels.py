@@ -121,6 +121,8 @@ def find_kernels(layer: keras.Layer) -> list[Kernel]:
         if getattr(part, "quantization_mode", None) is not None:
             raise ValueError(f"layer '{part.name}' is quantized; prune before quantizing")
         finder = next((_FINDERS[cls] for cls in type(part).__mro__ if cls in _FINDERS), _own_layer)
+        if not part.built and finder not in (_none, _own_layer):
+            raise ValueError(f"layer '{part.name}' was never built; call it, or the model, on a batch of data first")
         for kernel in finder(part):
             if id(kernel.variable) not in seen:
                 seen.add(id(kernel.variable))
