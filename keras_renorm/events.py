@@ -48,6 +48,9 @@ def prune_kernel(
     Raises:
         ValueError: if a kept weight is NaN or infinite.
     """
+    if kernel.dtype not in (np.float32, np.float64):
+        # Norms of half-precision kernels overflow, underflow and stall.
+        kernel = kernel.astype(np.float32)
     scaled = kernel if np.all(np.equal(scale, 1)) else kernel * scale
     pruned_before = mask is not None and not mask.all()
     current = np.where(mask, scaled, 0) if pruned_before else scaled
@@ -57,5 +60,17 @@ def prune_kernel(
         scores, sparsity, pattern, group, input_axes, mask=mask if pruned_before and not regrow else None, read=read
     )
     if renormalize is not None:
-        scale = renormalize(current, np.where(new_mask, kernel, 0), input_axes)
+        scale = _check_scale(renormalize(current, np.where(new_mask, kernel, 0), input_axes), renormalize, kernel, input_axes)
     return new_mask, scale
+
+
+def _check_scale(scale: Any, renormalize: Callable, kernel: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:
+    wanted = tuple(1 if axis in input_axes else side for axis, side in enumerate(kernel.shape))
+    scale = np.asarray(scale)
+    if scale.shape != wanted or not np.isfinite(scale).all():
+        raise ValueError(
+            f"Argument `renormalize` must give one finite scale a unit, as an array of shape {wanted} for a kernel of shape "
+            f"{kernel.shape}. Received: renormalize={renormalize!r}, which gave "
+            + (f"shape {scale.shape}." if scale.shape != wanted else "NaN or infinity.")
+        )
+    return scale

@@ -2,11 +2,12 @@
 
 A unit whose output meets only pruned weights does nothing for the network, and its own weights are the first that can go.
 The walk goes from the outputs of a model back to its inputs and follows channels along the last axis of the tensors.
-Wherever it does not know a layer, it takes everything to be read.
+Wherever it does not know a layer (a subclass may do anything), it takes everything to be read.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator
 
 import keras
@@ -81,9 +82,13 @@ def walk_back(model: keras.Model, visit: Callable[[keras.Layer, np.ndarray], np.
     if not isinstance(model, (keras.Sequential, Functional)):
         return
     nodes = list(_nodes_from_the_outputs(model))
-    calls: dict[int, int] = {}
-    for node in nodes:
-        calls[id(node.operation)] = calls.get(id(node.operation), 0) + 1
+    # A layer may also be called within another one: in a model in the model, or a wrapper.
+    calls = collections.Counter(
+        id(part)
+        for node in nodes
+        for part in (node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else ())
+    )
+    masks: dict[int, np.ndarray | None] = {}
     read: dict[int, np.ndarray] = {}
 
     def mark(tensor, channels):
@@ -102,10 +107,12 @@ def walk_back(model: keras.Model, visit: Callable[[keras.Layer, np.ndarray], np.
         layer = operation.layer if isinstance(operation, MaskedLayer) and hasattr(operation, "layer") else operation
         if channels is None:
             answers = [None] * len(node.input_tensors)
-        elif isinstance(layer, _KERNEL_TIMES_CHANNELS) and _by_last_axis(layer):
-            if layer.activation not in _ELEMENTWISE_ACTIVATIONS or calls[id(operation)] > 1:
+        elif getattr(layer, "plain_class", type(layer)) in _KERNEL_TIMES_CHANNELS and _by_last_axis(layer):
+            if layer.activation not in _ELEMENTWISE_ACTIVATIONS or calls[id(layer)] > 1:
                 channels = np.ones_like(channels)
-            mask = visit(operation, channels)
+            if id(operation) not in masks:
+                masks[id(operation)] = visit(operation, channels)
+            mask = masks[id(operation)]
             reading = np.ones(layer.kernel.shape, bool) if mask is None else mask
             answers = [(reading & channels).reshape(-1, *reading.shape[-2:]).any(axis=(0, 2))]
         else:
@@ -116,15 +123,16 @@ def walk_back(model: keras.Model, visit: Callable[[keras.Layer, np.ndarray], np.
 
 def _inputs_read(layer, channels, inputs) -> list[np.ndarray | None]:
     """Which channels of each input a layer without a kernel reads for these channels of its output; `None` = all."""
-    if isinstance(layer, L.Activation) and layer.activation not in _ELEMENTWISE_ACTIVATIONS:
+    kind = type(layer)
+    if kind is L.Activation and layer.activation not in _ELEMENTWISE_ACTIVATIONS:
         return [None] * len(inputs)
-    if isinstance(layer, _CHANNEL_BY_CHANNEL) and getattr(layer, "data_format", "channels_last") != "channels_first":
+    if kind in _CHANNEL_BY_CHANNEL and getattr(layer, "data_format", "channels_last") != "channels_first":
         return [channels] * len(inputs)
-    if isinstance(layer, L.BatchNormalization) and layer.axis in (-1, len(inputs[0].shape) - 1):
+    if kind is L.BatchNormalization and layer.axis in (-1, len(inputs[0].shape) - 1):
         return [channels]
-    if isinstance(layer, L.Flatten) and layer.data_format != "channels_first" and inputs[0].shape[-1]:
+    if kind is L.Flatten and layer.data_format != "channels_first" and inputs[0].shape[-1]:
         return [channels.reshape(-1, inputs[0].shape[-1]).any(axis=0)]
-    if isinstance(layer, L.Concatenate) and layer.axis in (-1, len(inputs[0].shape) - 1):
+    if kind is L.Concatenate and layer.axis in (-1, len(inputs[0].shape) - 1):
         return np.split(channels, np.cumsum([tensor.shape[-1] for tensor in inputs])[:-1])
     return [None] * len(inputs)
 

@@ -91,7 +91,8 @@ def _inputs_then_units(shape, input_axes):
     inputs = tuple(range(rank - 1)) if input_axes is None else tuple(axis % rank for axis in input_axes)
     units = unit_axes(rank, inputs)
     number_of_units = int(np.prod([shape[axis] for axis in units], dtype=int))
-    return inputs + units, (*(shape[axis] for axis in inputs), number_of_units)
+    input_shape = tuple(shape[axis] for axis in inputs) or (1,)
+    return inputs + units, (*input_shape, number_of_units)
 
 
 def _last_of_units(cells: np.ndarray, lowest: np.ndarray, idle: np.ndarray | None) -> tuple | None:

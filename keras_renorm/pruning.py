@@ -33,7 +33,7 @@ def prune(
     Args:
         model: a built model: Sequential, Functional, or a subclassed one with a `get_config()`.
         sparsity: fraction of the weights to remove, in [0, 1); or a dict of layer name (or glob) to sparsity, to prune
-            those layers alone.
+            those layers alone; a name goes before a glob, an earlier glob before a later one.
         criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance.
         group: `"layer"` or `"unit"`: which weights compete with each other.
@@ -77,30 +77,31 @@ def prune(
 
     pruned, counterparts = rebuild(model, lambda layer: None)
     wanted = {
-        id(counterparts[key]): next(value for name, value in by_name.items() if fnmatch.fnmatchcase(layer.name, name))
+        id(counterparts[key]): by_name.get(
+            layer.name, next(v for n, v in by_name.items() if fnmatch.fnmatchcase(layer.name, n))
+        )
         for key, layer in chosen.items()
     }
     done = set()
 
     def prune_layer(layer, read=None):
+        if id(layer) not in wanted:
+            return ops.convert_to_numpy(layer.kernel) != 0
         done.add(id(layer))
         for kernel in find_kernels(layer):
             values = ops.convert_to_numpy(kernel.variable)
-            if id(layer) in wanted:
-                mask, scale = prune_kernel(
-                    values,
-                    wanted[id(layer)],
-                    criterion,
-                    pattern,
-                    group,
-                    renormalize,
-                    kernel.input_axes,
-                    read=read,
-                    description=_describe(kernel, layer),
-                )
-                kernel.variable.assign(np.where(mask, values * scale, 0))
-            else:
-                mask = values != 0
+            mask, scale = prune_kernel(
+                values,
+                wanted[id(layer)],
+                criterion,
+                pattern,
+                group,
+                renormalize,
+                kernel.input_axes,
+                read=read,
+                description=_describe(kernel, layer),
+            )
+            kernel.variable.assign(np.where(mask, values * scale, 0))
         return mask
 
     walk_back(pruned, prune_layer)

@@ -19,7 +19,7 @@ _TFMOT = "tensorflow_model_optimization"
 
 
 class PruningSchedule(serialization.Configurable):
-    """Base class of schedules; a subclass implements `sparsity_at`, or overrides `__call__`.
+    """Base class of schedules; a subclass implements `sparsity_at`.
 
     Args:
         begin_step: first step at which to prune.
@@ -70,6 +70,10 @@ class ConstantSparsity(PruningSchedule):
         super().__init__(begin_step, end_step, frequency)
         self.target_sparsity = validation.check_sparsity(target_sparsity, "target_sparsity")
 
+    @property
+    def max_sparsity(self) -> float:
+        return self.target_sparsity
+
     def sparsity_at(self, step):
         return self.target_sparsity
 
@@ -113,6 +117,10 @@ class PolynomialDecay(PruningSchedule):
         self.initial_sparsity = validation.check_sparsity(initial_sparsity, "initial_sparsity")
         self.final_sparsity = validation.check_sparsity(final_sparsity, "final_sparsity")
         self.power = power
+
+    @property
+    def max_sparsity(self) -> float:
+        return max(self.initial_sparsity, self.final_sparsity)
 
     def sparsity_at(self, step):
         length = self.end_step - self.begin_step

@@ -53,36 +53,38 @@ class UpdatePruning(keras.callbacks.Callback):
         self.sparsity = None
         self._layers = None
 
+    def set_model(self, model):
+        super().set_model(model)
+        self._layers = None
+
     def on_train_begin(self, logs=None):
-        self._begin()
-        if self._trained == NEVER:
-            self._advance(1)
+        self._find_layers()
 
     def on_epoch_begin(self, epoch, logs=None):
+        # Not in `on_train_begin`, where `BackupAndRestore` may still be about to restore the step.
+        if self._trained is None:
+            self._begin()
+            if self._trained == NEVER:
+                self._advance(1)
         self._last_batch = -1
 
     def on_train_batch_end(self, batch, logs=None):
-        # An execution of several steps may reach past the end of the epoch.
-        steps = (self.params or {}).get("steps")
-        batch = batch if steps is None else min(batch, steps - 1)
-        self._advance(batch - self._last_batch)
+        self._advance(self._batches_until(batch))
         self._last_batch = batch
         self._log(logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._save_step()
+        self._count_steps(write=True)
         self._log(logs)
-
-    def on_train_end(self, logs=None):
-        self._save_step()
 
     def step(self) -> None:
         """Count one trained batch, in a training loop of your own, and prune if an event is due."""
         if self._layers is None:
+            self._find_layers()
             self._begin()
         self._advance(2 if self._trained == NEVER else 1)
 
-    def _begin(self) -> None:
+    def _find_layers(self) -> None:
         layers = masked_layers(self.model)
         if not layers:
             raise ValueError(
@@ -96,26 +98,53 @@ class UpdatePruning(keras.callbacks.Callback):
                 "to the layers: `keras_renorm.to_prunable(model, pruning_schedule=...)`."
             )
         self._layers = [(layer, layer.pruning_schedule or self.pruning_schedule) for layer in layers]
-        self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer in layers)
+        for layer, schedule in self._layers:
+            layer.pattern.check(getattr(schedule, "max_sparsity", 0.0), layer.group)
+        self._trained = None
+
+    def _begin(self) -> None:
+        """Take up the count where the model has it."""
+        assert self.model is not None
+        self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer, _ in self._layers)
+        self._count_steps(write=True)
+        self._iterations = self._optimizer_iterations()
         self._measure()
+
+    def _batches_until(self, batch: int) -> int:
+        """How many batches were trained since the last call, when Keras says that batch `batch` ended."""
+        by_index = batch - self._last_batch
+        before, self._iterations = self._iterations, self._optimizer_iterations()
+        if self._iterations is None:
+            return by_index
+        # An execution of several steps may reach past the end of the data, where the index does not follow.
+        counted = self._iterations - before
+        return counted if 0 < counted <= by_index else by_index
+
+    def _optimizer_iterations(self) -> int | None:
+        """The optimizer's count of batches, asked for only where Keras' own index may be wrong."""
+        optimizer = getattr(self._model, "optimizer", None)
+        if getattr(self._model, "steps_per_execution", 1) == 1 or optimizer is None:
+            return None
+        assert self.model is not None
+        every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        return int(keras.ops.convert_to_numpy(optimizer.iterations)) * every
 
     def _advance(self, batches: int) -> None:
         """Count trained batches and run the events that fall due; of several for one layer, the last."""
         due: dict[int, float] = {}
         answers = {}
         for step in range(self._trained + 1, self._trained + 1 + batches):
-            for index, (_, schedule) in enumerate(self._layers):
+            for layer, schedule in self._layers:
                 key = (id(schedule), step)
                 if key not in answers:
                     answers[key] = schedules.evaluate(schedule, step)
                 should_prune, sparsity = answers[key]
                 if should_prune:
-                    due[index] = sparsity
+                    due[id(layer)] = sparsity
         self._trained += batches
-        for layer, _ in self._layers:
-            layer.trained_steps = self._trained
         if due:
-            self._prune({id(self._layers[index][0]): sparsity for index, sparsity in due.items()})
+            self._prune(due)
+        self._count_steps(write=bool(due))
 
     def _prune(self, due: dict[int, float]) -> None:
         """One event for the layers whose `id` is given, each with its sparsity."""
@@ -129,7 +158,6 @@ class UpdatePruning(keras.callbacks.Callback):
                 return keras.ops.convert_to_numpy(layer.masked_kernels[0].mask)
             return None
 
-        # On JAX, asking for the model brings the values of its variables up to date.
         walk_back(self.model, visit)
         for layer, _ in self._layers:
             if id(layer) in due and id(layer) not in updates:
@@ -139,16 +167,17 @@ class UpdatePruning(keras.callbacks.Callback):
             if id(layer) in updates:
                 layer.assign_masks(updates[id(layer)])
         self._measure()
-        self._save_step()
 
     def _measure(self) -> None:
         counts = [layer.count_kept() for layer, _ in self._layers]
         self.sparsity = 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
 
-    def _save_step(self) -> None:
-        assert self.model is not None
+    def _count_steps(self, write: bool) -> None:
+        if write:
+            # On JAX, asking for the model brings the values of its variables up to date.
+            assert self.model is not None
         for layer, _ in self._layers:
-            layer.pruning_step.assign(self._trained)
+            layer.count_steps(self._trained, write)
 
     def _log(self, logs: dict | None) -> None:
         if logs is not None:

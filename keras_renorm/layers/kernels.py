@@ -63,12 +63,13 @@ def _none(layer):
 
 
 def _own_layer(layer):
-    """A user's own layer: what `get_prunable_weights()` names, else all trainable weights of rank two or more."""
+    """A user's own layer: what `get_prunable_weights()` names, else all its weights to train of rank two or more."""
     if hasattr(layer, "get_prunable_weights"):
         variables = layer.get_prunable_weights()
     else:
+        # A frozen layer's count too: it is asked to be pruned, not trained.
         own = layer._trainable_variables
-        variables = [v for v in own if v.trainable and len(v.shape) > 1 and keras.backend.is_float_dtype(v.dtype)]
+        variables = [v for v in own if len(v.shape) > 1 and keras.backend.is_float_dtype(v.dtype)]
     return [Kernel(variable, tuple(range(len(variable.shape) - 1))) for variable in variables]
 
 

@@ -33,6 +33,20 @@ class MaskedKernel(Kernel):
         return ops.where(ops.convert_to_tensor(self.mask), scaled, ops.zeros_like(kernel))
 
 
+class _RecordingScope(keras.StatelessScope):
+    """A `StatelessScope` that remembers which variables were assigned, tracked by a layer or not (states of an RNN)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.updated = []
+
+    def add_update(self, update):
+        variable, _ = update
+        if all(variable is not known for known in self.updated):
+            self.updated.append(variable)
+        super().add_update(update)
+
+
 class MaskedLayer:
     """Mix-in for layers whose kernels are pruned while the layer is in use. Stands before the Keras layer in the bases.
 
@@ -65,10 +79,10 @@ class MaskedLayer:
         self.group = validation.check_choice(group, masks.GROUPS, "group")
         self.pattern.check(0.0, group)
         self.renormalize = renorm.get(renormalize, group)
-        self.regrow = bool(regrow)
+        self.pattern.check(getattr(self.pruning_schedule, "max_sparsity", 0.0), group)
+        self.regrow = validation.check_choice(regrow, (True, False), "regrow")
         self.masked_kernels = ()
-        # How many batches were trained, kept by the callback; the variable follows at events and when the layer is saved.
-        self.trained_steps = None
+        self._count = None
 
     def _add_masks(self, layer: keras.Layer) -> None:
         """Create a mask and a scale for every kernel of `layer`; to be called at the end of `build`."""
@@ -104,19 +118,21 @@ class MaskedLayer:
         """Call `function`, which reads the variables of `layer`, with the effective kernels in place of the kernels."""
         effective = {id(kernel.variable): kernel.effective() for kernel in self.masked_kernels}
         variables = layer.variables + layer.metrics_variables
+        if len(effective.keys() & {id(variable) for variable in variables}) < len(effective):
+            raise ValueError(
+                f"Layer '{layer.name}' no longer has the kernels that its masks were made for: it was quantized or rebuilt. "
+                "Use `keras_renorm.strip(model)` first, and quantize the result."
+            )
         # Within a scope only mapped variables have the values of the scopes around it, so all are mapped.
-        scope = keras.StatelessScope(
+        scope = _RecordingScope(
             [(variable, effective.get(id(variable), variable)) for variable in variables],
             collect_losses=True,
             initialize_variables=False,
         )
-        before = [scope.get_current_value(variable) for variable in variables]
         with scope:
             outputs = function(*args, **kwargs)
-        for variable, value in zip(variables, before):
-            updated = scope.get_current_value(variable)
-            if updated is not value:
-                variable.assign(updated)
+        for variable in scope.updated:
+            variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
             self.add_loss(loss)
         return outputs
@@ -183,9 +199,16 @@ class MaskedLayer:
             "model and enable LoRA on the result."
         )
 
+    def count_steps(self, steps: int, write: bool) -> None:
+        """Note how many batches were trained. The variable is written when asked, and whenever the layer is saved."""
+        if write:
+            self.pruning_step.assign(steps)
+        self._count = (steps, steps if write else self._count[1])
+
     def save_own_variables(self, store):
-        if self.trained_steps is not None:
-            self.pruning_step.assign(self.trained_steps)
+        # Not if the variable was set by somebody else in between, as by restoring the best weights.
+        if self._count is not None and int(ops.convert_to_numpy(self.pruning_step)) == self._count[1]:
+            self.count_steps(self._count[0], write=True)
         # Not the Keras layer's own, which stores only the variables that it knows of.
         keras.Layer.save_own_variables(self, store)
 

@@ -72,7 +72,9 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
         self.supports_masking = layer.supports_masking
 
     def build(self, *args, **kwargs):
-        if not self.layer.built:
+        if self._builds_by_call():
+            self._call_symbolically(*args, **kwargs)
+        elif not self.layer.built:
             self.layer.build(*args, **kwargs)
         # What an inner layer would compute anew in the backward pass would miss the masks, so only the wrapper as a whole does.
         for part in self.layer._flatten_layers():
@@ -81,6 +83,26 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
 
     def _call_inner(self, *args, **kwargs):
         return self._call_masked(self.layer, self.layer, *args, **kwargs)
+
+    def _builds_by_call(self):
+        """Whether the layer leaves `build` to Keras, and the layers inside it are built when it is called."""
+        return type(self.layer).build is keras.Layer.build
+
+    def _call_symbolically(self, input_shape):
+        try:
+            self.layer(keras.tree.map_shape_structure(keras.KerasTensor, input_shape))
+        except Exception as error:
+            raise ValueError(
+                f"Layer '{self.layer.name}' (of type {type(self.layer).__name__}) has no `build()` method, and could not be "
+                f"built by calling it on an input of shape {input_shape}: {error} Give it a `build()` that builds its layers."
+            ) from error
+
+    @property
+    def stateful(self):
+        return getattr(self.layer, "stateful", False)
+
+    def reset_state(self):
+        self.layer.reset_state()
 
     def compute_mask(self, *args, **kwargs):
         return self.layer.compute_mask(*args, **kwargs)
@@ -95,6 +117,9 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
         return self.layer.get_build_config()
 
     def build_from_config(self, config):
+        if self._builds_by_call():
+            self.build(config["input_shape"])
+            return
         if not self.layer.built:
             self.layer.build_from_config(config)
         self.build()
