@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,10 +12,10 @@ import keras
 from keras import ops
 from keras.src.models import Functional
 
-from keras_renorm import validation
+from keras_renorm import criteria, validation
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
 from keras_renorm.layers.kernels import find_kernels
-from keras_renorm.layers.masked import MaskedLayer, masked_layers, plain_values, plain_variables
+from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
 
 _DROP_IN = {cls.plain_class: cls for cls in (PrunableDense, PrunableConv2D)}
 _REBUILT = (keras.Sequential, Functional)
@@ -66,22 +67,22 @@ def to_prunable(
     validation.check_model(model)
     pruning = dict(
         pruning_schedule=pruning_schedule,
-        criterion=criterion,
+        criterion=criteria.get(criterion),
         pattern=pattern,
         group=group,
         renormalize=renormalize,
         regrow=regrow,
     )
     # Checks every argument before any work is done.
-    RenormalizedPruning(keras.layers.Dense(1), **pruning)
+    RenormalizedPruning(keras.layers.Dense(1, name="checks_arguments"), name="checks_arguments", **pruning)
     chosen = choose_layers(model, layers)
 
     def convert(layer):
         if id(layer) not in chosen:
             return None
         if type(layer) in _DROP_IN:
-            return _DROP_IN[type(layer)].from_config({**layer.get_config(), **pruning})
-        return RenormalizedPruning(_copy(layer), name=layer.name, trainable=layer.trainable, **pruning)
+            return copy_layer(layer, _DROP_IN[type(layer)], **pruning)
+        return RenormalizedPruning(copy_layer(layer), name=layer.name, trainable=layer.trainable, **pruning)
 
     converted, _ = rebuild(model, convert)
     if from_zeros:
@@ -130,11 +131,12 @@ def strip(model: keras.Model) -> keras.Model:
 
 def _plain_counterpart(layer: keras.Layer) -> keras.Layer | None:
     """A new layer without masks; `None` if there are none. Keras' own wrappers (TimeDistributed) are looked into."""
+    if isinstance(layer, RenormalizedPruning):
+        return copy_layer(layer.layer)
     if isinstance(layer, MaskedLayer):
-        return layer.plain_layer()
+        return copy_layer(layer, layer.plain_class, without=PRUNING_ARGUMENTS)
     if isinstance(layer, keras.layers.Wrapper) and (inner := _plain_counterpart(layer.layer)) is not None:
-        config = {**layer.get_config(), "layer": keras.saving.serialize_keras_object(inner)}
-        return type(layer).from_config(config)
+        return copy_layer(layer, layer=keras.saving.serialize_keras_object(inner))
     return None
 
 
@@ -172,7 +174,7 @@ def choose_layers(model: keras.Model, layers: Any) -> dict[int, keras.Layer]:
             )
     chosen, refused = {}, []
     for layer in candidates:
-        if not any(_selects(selector, layer) for selector in selectors):
+        if isinstance(layer, MaskedLayer) or not any(_selects(selector, layer) for selector in selectors):
             continue
         try:
             if find_kernels(layer):
@@ -182,10 +184,10 @@ def choose_layers(model: keras.Model, layers: Any) -> dict[int, keras.Layer]:
         except ValueError as error:
             refused.append(str(error))
     if not chosen:
-        raise ValueError(
-            f"Model '{model.name}' has nothing to prune. Received: layers={layers!r}. "
-            + (f"Left as they are: {'; '.join(refused)}." if refused else "None of its layers has a kernel.")
-        )
+        reason = f"Left as they are: {'; '.join(refused)}." if refused else "None of its layers has a kernel."
+        if layers is not None and not refused:
+            reason = f"No layer was chosen. Its layers are: {[layer.name for layer in candidates]}."
+        raise ValueError(f"Model '{model.name}' has nothing to prune. Received: layers={layers!r}. {reason}")
     if refused:
         warnings.warn(f"Left as they are: {'; '.join(refused)}.", stacklevel=3)
     return chosen
@@ -246,19 +248,50 @@ def rebuild(
 
     def clone(operation):
         new = convert(operation) if isinstance(operation, keras.Layer) else None
-        new = _copy(operation) if new is None else new
+        new = copy_layer(operation) if new is None else new
         counterparts[id(operation)] = new
         return new
 
-    rebuilt = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    compiled = model.compiled
+    try:
+        # Keras would compile the clone from a config, and fail for losses and metrics that have none.
+        model.compiled = False
+        rebuilt = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    finally:
+        model.compiled = compiled
+    if type(rebuilt) is not type(model):
+        warnings.warn(
+            f"Model '{model.name}' is a {type(model).__name__}, the new one a plain {type(rebuilt).__name__}: what the class "
+            "adds (such as its own `train_step`) is not carried over.",
+            stacklevel=4,
+        )
+    if compiled:
+        _compile_like(rebuilt, model)
     for layer in outermost_layers(model):
         if not isinstance(layer, keras.layers.InputLayer):
             _copy_weights(layer, counterparts[id(layer)])
     return rebuilt, counterparts
 
 
+def _compile_like(rebuilt: keras.Model, model: keras.Model) -> None:
+    try:
+        rebuilt.compile_from_config(model.get_compile_config())
+    except Exception as error:
+        warnings.warn(
+            f"The new model '{rebuilt.name}' is not compiled: the arguments of `compile` of the old one cannot be copied "
+            f"({error}). Call `compile` on it before training.",
+            stacklevel=5,
+        )
+
+
 def _copy_subclassed(model, convert):
     changed = [layer.name for layer in outermost_layers(model) if convert(layer) is not None]
+    if changed and masked_layers(model):
+        raise ValueError(
+            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose prunable layers {changed} "
+            "cannot be taken out from outside. Give your class an argument that chooses between `keras.layers.Dense` and "
+            "`keras_renorm.layers.PrunableDense`, or build the model with the functional API."
+        )
     if changed:
         raise ValueError(
             f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose layers {changed} cannot be "
@@ -284,16 +317,33 @@ def _copy_subclassed(model, convert):
     return copy, counterparts
 
 
-def _copy(operation: Any) -> Any:
-    config = operation.get_config()
-    if isinstance(operation, keras.layers.Lambda):
-        # Not read from a file, so the function can be trusted.
-        return type(operation).from_config(config, safe_mode=False)
-    return type(operation).from_config(config)
+def copy_layer(operation: Any, cls: type | None = None, without: tuple[str, ...] = (), **changes) -> Any:
+    """A new layer (or operation) of the same config, or of another class, without or with other arguments."""
+    cls = cls or type(operation)
+    parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else [operation]
+    try:
+        config = {key: value for key, value in operation.get_config().items() if key not in without}
+        # Functions and classes that are not registered are at hand here.
+        functions = {key: getattr(operation, key, None) for key in config}
+        config.update({key: value for key, value in functions.items() if inspect.isfunction(value)})
+        if cls is keras.layers.Lambda:
+            config["output_shape"] = operation._output_shape
+            return cls(**config)
+        with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
+            return cls.from_config({**config, **changes})
+    except Exception as error:
+        raise ValueError(
+            f"Layer '{operation.name}' (of type {type(operation).__name__}) cannot be made anew from its config: {error} "
+            "Give it a `get_config()` with all arguments of its constructor, and register what it uses with "
+            "`@keras.saving.register_keras_serializable()`."
+        ) from error
 
 
 def _copy_weights(source: keras.Layer, target: keras.Layer) -> None:
-    values, variables = plain_values(source), plain_variables(target)
+    if len(source.variables) == len(target.variables):
+        values, variables = source.variables, target.variables
+    else:
+        values, variables = plain_values(source), plain_variables(target)
     if [value.shape for value in values] != [variable.shape for variable in variables]:
         raise ValueError(
             f"Layer '{source.name}' (of type {type(source).__name__}) does not get its weights back when it is made from its "

@@ -267,6 +267,74 @@ def test_compiled_models_stay_compiled():
     assert kr.strip(prunable).compiled
 
 
+@pytest.mark.parametrize("loss", [lambda y, p: keras.ops.mean((y - p) ** 2), "unregistered"], ids=["lambda", "function"])
+def test_a_loss_that_cannot_be_copied(loss):
+    def unregistered(y, p):
+        return keras.ops.mean((y - p) ** 2)
+
+    model = sequential()
+    model.compile("sgd", unregistered if loss == "unregistered" else loss)
+    with pytest.warns(UserWarning, match="is not compiled.*Call `compile` on it"):
+        assert not kr.prune(model, 0.5).compiled
+    assert model.compiled
+
+
+def scale_by_two(x):
+    return np.float32(2) * x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        L.Lambda(lambda x: np.float32(2) * x),
+        L.Lambda(scale_by_two),
+        L.Dense(4, activation=lambda x: x * 2, name="lambda"),
+        L.Dense(4, activation=scale_by_two, name="function"),
+    ],
+)
+def test_functions_that_are_not_registered(layer):
+    model = keras.Sequential([keras.Input((8,)), L.Dense(4), layer])
+    assert_same_outputs(model, kr.to_prunable(model), np.ones((2, 8), "float32"), rtol=0)
+
+
+def test_a_layer_that_cannot_be_made_anew_is_named():
+    class Secretive(L.Layer):
+        def __init__(self, secret):
+            super().__init__(name="secretive")
+
+        def call(self, inputs):
+            return inputs
+
+    model = keras.Sequential([keras.Input((8,)), L.Dense(4), Secretive(3)])
+    with pytest.raises(ValueError, match=r"(?s)Layer 'secretive' .*cannot be made anew.*get_config"):
+        kr.to_prunable(model, layers=L.Dense)
+
+
+def test_a_subclass_of_sequential_is_told():
+    class Mine(keras.Sequential):
+        pass
+
+    with pytest.warns(UserWarning, match="is a Mine, the new one a plain Sequential"):
+        kr.to_prunable(Mine([keras.Input((8,)), L.Dense(4)]))
+
+
+def test_a_model_that_is_partly_prunable_keeps_its_masks():
+    model = keras.Sequential([keras.Input((8,)), kr.layers.PrunableDense(8, name="a"), L.Dense(2, name="b")])
+    model.get_layer("a").update_masks(0.5)
+    prunable = kr.to_prunable(model)
+    assert [layer.sparsity for layer in masked_layers(prunable)] == [0.5, 0.0]
+    assert_same_outputs(model, prunable, np.ones((2, 8), "float32"), rtol=0)
+
+
+def test_a_frozen_layer_of_ones_own_is_prunable(tmp_path):
+    model = model_around(CASES["a layer of one's own"][0](), CASES["a layer of one's own"][1])
+    model.layers[1].trainable = False
+    prunable = kr.to_prunable(model)
+    assert len(masked_layers(prunable)) == 2
+    prunable.save(tmp_path / "frozen.keras")
+    assert len(masked_layers(keras.models.load_model(tmp_path / "frozen.keras"))) == 2
+
+
 def test_a_prunable_layer_inside_keras_own_wrapper():
     inputs = keras.Input((5, 6))
     model = keras.Model(inputs, L.TimeDistributed(kr.layers.PrunableDense(3, name="fc"), name="each")(inputs))

@@ -115,3 +115,22 @@ def test_and_in_training_too():
     pruning.step()
     np.testing.assert_array_equal(model.get_layer("b").mask.numpy(), [[False, False], [True, True]])
     np.testing.assert_array_equal(model.get_layer("a").mask.numpy(), [[False, True], [False, True]])
+
+
+class Flipped(L.Dense):
+    def call(self, inputs, training=None):
+        return super().call(inputs, training=training)[..., ::-1]
+
+
+def test_a_subclass_may_do_anything():
+    model = keras.Sequential([keras.Input((2,)), L.Dense(3, name="a"), Flipped(3, name="b"), L.Dense(2, name="c")])
+    assert set(units_read(model, {"c": only((3, 2), (1, 0))})) == {"a", "c"}
+    assert units_read(model, {"c": only((3, 2), (1, 0))})["a"] == [True] * 3
+
+
+def test_a_layer_that_a_nested_model_calls_too():
+    layer = L.Dense(2, name="shared")
+    inner_inputs, inputs = keras.Input((2,)), keras.Input((2,))
+    inner = keras.Model(inner_inputs, L.Dense(1)(layer(inner_inputs)))
+    model = keras.Model(inputs, [L.Dense(1, name="out")(layer(inputs)), inner(inputs)])
+    assert units_read(model, {"out": only((2, 1), (0, 0))})["shared"] == [True, True]

@@ -61,6 +61,37 @@ def test_a_dict_prunes_those_layers_alone():
     assert zeros(kr.prune(mlp(), {"b": 0.5})) == {"a": 0, "b": 300, "c": 0}
 
 
+def test_a_name_goes_before_a_glob():
+    assert zeros(kr.prune(mlp(), {"*": 0.25, "a": 0.5})) == {"a": 600, "b": 150, "c": 20}
+
+
+def test_a_shared_layer_is_pruned_once():
+    inputs = keras.Input((50,))
+    layer = L.Dense(50)
+    model = keras.Model(inputs, L.Dense(3)(layer(layer(inputs))))
+    assert [row.sparsity for row in kr.summary(kr.prune(model, 0.5, criterion="random")).rows] == [
+        0.5,
+        pytest.approx(0.5, abs=0.01),
+    ]
+
+
+def test_a_layer_with_lora_that_was_not_chosen():
+    model = mlp()
+    model.get_layer("a").enable_lora(2)
+    assert np.sum(kr.prune(model, 0.5, layers="b").get_layer("b").kernel.numpy() == 0) == 300
+
+
+def test_no_layer_was_chosen():
+    with pytest.raises(ValueError, match=r"No layer was chosen. Its layers are: \['a', 'b', 'c'\]"):
+        kr.prune(mlp(), 0.5, layers=L.Conv2D)
+
+
+def test_a_kernel_without_inputs():
+    model = keras.Sequential([keras.Input((5, 8)), L.EinsumDense("abc,c->abc", output_shape=(5, 8))])
+    for pattern in PATTERNS:
+        kr.prune(model, 0.5, pattern=pattern)
+
+
 def test_layers_are_chosen():
     assert zeros(kr.prune(mlp(), 0.5, layers=["a", "c"])) == {"a": 600, "b": 0, "c": 40}
 

@@ -104,7 +104,7 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def _begin(self) -> None:
         """Take up the count where the model has it."""
-        assert self.model is not None
+        self._bring_up_to_date()
         self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer, _ in self._layers)
         self._count_steps(write=True)
         self._iterations = self._optimizer_iterations()
@@ -125,7 +125,7 @@ class UpdatePruning(keras.callbacks.Callback):
         optimizer = getattr(self._model, "optimizer", None)
         if getattr(self._model, "steps_per_execution", 1) == 1 or optimizer is None:
             return None
-        assert self.model is not None
+        self._bring_up_to_date()
         every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         return int(keras.ops.convert_to_numpy(optimizer.iterations)) * every
 
@@ -168,14 +168,17 @@ class UpdatePruning(keras.callbacks.Callback):
                 layer.assign_masks(updates[id(layer)])
         self._measure()
 
+    def _bring_up_to_date(self) -> None:
+        """On JAX, variables hold their values of the last epoch until a callback asks for the model."""
+        _ = self.model
+
     def _measure(self) -> None:
         counts = [layer.count_kept() for layer, _ in self._layers]
         self.sparsity = 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
 
     def _count_steps(self, write: bool) -> None:
         if write:
-            # On JAX, asking for the model brings the values of its variables up to date.
-            assert self.model is not None
+            self._bring_up_to_date()
         for layer, _ in self._layers:
             layer.count_steps(self._trained, write)
 

@@ -11,12 +11,14 @@ import keras
 import numpy as np
 
 from keras_renorm import validation
-from keras_renorm.conversion import never_pruned, strip
+from keras_renorm.conversion import copy_layer, never_pruned, rebuild, strip
 from keras_renorm.export.flatbuffer import weight_tensors
 from keras_renorm.export.report import ExportReport
-from keras_renorm.export.verification import keras_outputs, largest_difference, run
+from keras_renorm.export.verification import largest_difference, run
 
 QUANTIZE = (None, "float16", "int8")
+# How far outputs may be off, as a share of the largest, before something must be wrong. Integers are only reported.
+_TOLERANCE = {None: 1e-2, "float16": 5e-2, "int8": np.inf}
 _SAMPLES = 8
 _FREE_SIDE = 32
 
@@ -68,15 +70,24 @@ def export_tflite(
     else:
         inputs = _random_inputs(model) if representative is None else [array[:_SAMPLES] for array in representative]
     plain = strip(model)
-    expected = keras_outputs(plain, _structured(plain, inputs))
+    answer = plain.predict_on_batch(_structured(plain, inputs))
+    expected = [np.asarray(value) for value in keras.tree.flatten(answer)]
     output_range = max(float(np.max(np.abs(value), initial=0)) for value in expected)
+    if not np.isfinite(output_range):
+        raise ValueError(
+            f"Model '{model.name}' gives NaN or infinity on the samples, so the exported file could not be compared with it. "
+            "Pass typical inputs as `samples`, or check its weights."
+        )
+    if any(layer.compute_dtype != "float32" for layer in plain._flatten_layers()):
+        plain, _ = rebuild(plain, _in_float32)
+        notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
     settings = _converter_settings(plain, quantize, representative)
 
     def attempt(file):
         _convert(plain, file, settings)
-        return largest_difference(expected, run(file, inputs, _names(plain)))
+        return largest_difference(expected, run(file, inputs, _names(plain), keys=isinstance(answer, dict)))
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with _folder_beside(path) as folder:
         dense, sparse = pathlib.Path(folder, "dense.tflite"), pathlib.Path(folder, "sparse.tflite")
         try:
             difference = attempt(dense)
@@ -91,6 +102,13 @@ def export_tflite(
                     f"written: {error}"
                 ) from error
             notes.append("Takes one sample at a time: the runtime does not run this network with a batch of any size.")
+        half_precision = any("half precision" in note for note in notes)
+        if difference > _TOLERANCE["float16" if half_precision and quantize is None else quantize] * output_range:
+            raise RuntimeError(
+                f"The outputs of the converted model differ from those of model '{model.name}' by {difference:.2g}, where the "
+                f"largest is {output_range:.2g}, so '{path}' was not written. An operation may be converted wrongly: export "
+                "parts of the model to find it, or pass typical inputs as `samples`."
+            )
         written = dense
         try:
             settings["optimizations"] = [*settings.get("optimizations", []), _experimental_sparsity()]
@@ -131,6 +149,8 @@ def _check_arguments(model, path, quantize, representative_data) -> pathlib.Path
         raise ValueError(
             f"Argument `representative_data` is used with `quantize='int8'` only. Received: quantize={quantize!r}."
         )
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"Argument `path` must be a string or a path. Received: path={path!r} (of type {type(path)}).")
     path = pathlib.Path(path)
     if path.suffix != ".tflite":
         raise ValueError(f"Argument `path` must end in '.tflite'. Received: path={str(path)!r}.")
@@ -142,6 +162,29 @@ def _check_arguments(model, path, quantize, representative_data) -> pathlib.Path
     return path
 
 
+def _folder_beside(path: pathlib.Path) -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"Argument `path` cannot be written: {error}. Received: path={str(path)!r}.") from error
+
+
+def _in_float32(layer: keras.Layer) -> keras.Layer | None:
+    """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
+    if all(part.compute_dtype == "float32" for part in layer._flatten_layers()):
+        return None
+
+    def replace(value):
+        if isinstance(value, dict):
+            if "DTypePolicy" in str(value.get("class_name")):
+                return "float32"
+            return {key: replace(item) for key, item in value.items()}
+        return [replace(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    config = layer.get_config()
+    return copy_layer(layer, **{key: replace(value) for key, value in config.items() if replace(value) != value})
+
+
 def _names(model: keras.Model) -> list[str]:
     return [tensor.name for tensor in keras.tree.flatten(getattr(model, "inputs", None) or [])]
 
@@ -150,8 +193,8 @@ def _specs(model: keras.Model) -> list:
     inputs = getattr(model, "inputs", None)
     if not inputs:
         raise ValueError(
-            f"Model '{model.name}' does not tell the shape of its inputs, which export needs. Call it on a batch of data, or "
-            "wrap it: `x = keras.Input(shape); model = keras.Model(x, model(x))`."
+            f"Model '{model.name}' is a subclassed model and does not tell the shape of its inputs, which export needs. Wrap "
+            "it: `x = keras.Input(shape); model = keras.Model(x, model(x))`."
         )
     return keras.tree.flatten(inputs)
 
@@ -167,6 +210,11 @@ def _as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]
                 f"{sorted(data)}."
             )
         arrays = [np.asarray(data[spec.name]) for spec in specs]
+    elif callable(data) or hasattr(data, "element_spec"):
+        raise ValueError(
+            f"Argument `{argument}` must hold arrays: one, or a list or dict of them for several inputs. Received: {data!r}. "
+            "Collect a few hundred samples first, such as `np.concatenate(list(batches))`."
+        )
     else:
         arrays = [np.asarray(array) for array in (data if isinstance(data, (list, tuple)) else [data])]
     wanted = [tuple(spec.shape) for spec in specs]

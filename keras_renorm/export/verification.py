@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import pathlib
-import re
-from typing import Any
 
-import keras
 import numpy as np
 
 
-def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str]) -> list[np.ndarray]:
+def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bool = False) -> list[np.ndarray]:
     """Run a `.tflite` file with LiteRT, or with TensorFlow's interpreter where LiteRT is not installed.
 
     Args:
         path: the file.
         inputs: arrays with a batch axis.
         names: the Keras model's name of each input.
+        keys: whether the Keras model answers with a dict.
 
     Returns:
         The outputs, in the order of `keras.tree.flatten` of the model's outputs.
@@ -39,20 +37,19 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str]) -> list[
         answer = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
     else:
         answer = runner(**feeds)
-    return [answer[name] for name in sorted(answer, key=_output_order)]
+    # Keras names the outputs of a list `output_0`, `output_1`, ...; those of a dict keep their keys.
+    order = sorted(answer) if keys else sorted(answer, key=lambda name: int(name.removeprefix("output_")))
+    return [answer[name] for name in order]
 
 
 def largest_difference(expected: list[np.ndarray], received: list[np.ndarray]) -> float:
     """The largest absolute difference of two lists of arrays; infinite if shapes differ or a value is NaN."""
     if [value.shape for value in expected] != [value.shape for value in received]:
         return float("inf")
-    differences = [float(np.max(np.abs(one - other), initial=0)) for one, other in zip(expected, received)]
+    differences = [
+        float(np.max(np.abs(one.astype(float) - other.astype(float)), initial=0)) for one, other in zip(expected, received)
+    ]
     return float("inf") if any(np.isnan(differences)) else max(differences)
-
-
-def keras_outputs(model: keras.Model, inputs: Any) -> list[np.ndarray]:
-    """The Keras model's outputs as a flat list of arrays."""
-    return [np.asarray(value) for value in keras.tree.flatten(model.predict_on_batch(inputs))]
 
 
 def _interpreter() -> type:
@@ -61,9 +58,3 @@ def _interpreter() -> type:
     except ImportError:
         from tensorflow.lite import Interpreter
     return Interpreter
-
-
-def _output_order(name: str) -> tuple:
-    """Keras names the outputs of a list `output_0`, `output_1`, ...; those of a dict keep their keys."""
-    number = re.fullmatch(r"output_(\d+)", name)
-    return (0, int(number[1]), "") if number else (1, 0, name)

@@ -188,10 +188,6 @@ class MaskedLayer:
             description=f"Kernel '{masked.variable.path}' of layer '{self.name}'",
         )
 
-    def plain_layer(self) -> keras.Layer:
-        """A new layer without masks of the same configuration; its weights are not copied."""
-        raise NotImplementedError
-
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
             f"{type(self).__name__} does not take LoRA (`lora_rank`, `enable_lora`): merging its update would fill the "

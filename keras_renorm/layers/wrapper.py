@@ -123,6 +123,3 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
         if not self.layer.built:
             self.layer.build_from_config(config)
         self.build()
-
-    def plain_layer(self):
-        return type(self.layer).from_config(self.layer.get_config())

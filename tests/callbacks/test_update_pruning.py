@@ -228,3 +228,67 @@ def test_less_than_one_event_is_noticed():
     fit(model, kr.callbacks.UpdatePruning(schedule), epochs=1)
     with pytest.warns(UserWarning, match="No pruning event ever ran.*stopped after 4 steps"):
         kr.strip(model)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_backup_and_restore(ours_first, tmp_path):
+    class Interrupted(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def callbacks():
+        pair = [kr.callbacks.UpdatePruning(SCHEDULE), keras.callbacks.BackupAndRestore(tmp_path / "backup")]
+        return pair if ours_first else pair[::-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        make().fit(X, Y, batch_size=8, epochs=4, verbose=0, callbacks=[*callbacks(), Interrupted()])
+    model = make()
+    model.fit(X, Y, batch_size=8, epochs=4, verbose=0, callbacks=callbacks())
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {16}
+    assert kr.summary(model).sparsity == 0.75
+
+
+def test_weights_that_are_restored_keep_their_step(tmp_path):
+    model = make()
+    fit(model, epochs=1)
+    model.save_weights(tmp_path / "w.weights.h5")
+    fit(model, epochs=3, initial_epoch=1)
+    model.load_weights(tmp_path / "w.weights.h5")
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert {int(layer.pruning_step) for layer in masked_layers(again)} == {4}
+
+
+def test_early_stopping_restores_masks_and_step(tmp_path):
+    model = make()
+    stopping = keras.callbacks.EarlyStopping("sparsity", patience=1, restore_best_weights=True, mode="min")
+    callbacks = [kr.callbacks.UpdatePruning(SCHEDULE), stopping]
+    model.fit(X, Y, batch_size=8, epochs=5, verbose=0, callbacks=callbacks)
+    step = {int(layer.pruning_step) for layer in masked_layers(model)}
+    assert step == {4}
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert {int(layer.pruning_step) for layer in masked_layers(again)} == step
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("steps_per_execution", [1, 2, 4])
+def test_data_of_unknown_size(steps_per_execution):
+    tf = pytest.importorskip("tensorflow")
+    data = tf.data.Dataset.from_generator(
+        lambda: ((X[i : i + 8], Y[i : i + 8]) for i in (0, 8, 16, 24, 0)),
+        output_signature=(tf.TensorSpec((None, 6)), tf.TensorSpec((None, 1))),
+    )
+    model = make(steps_per_execution=steps_per_execution)
+    model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[kr.callbacks.UpdatePruning(SCHEDULE)])
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {15}
+
+
+def test_a_callback_given_another_model():
+    one, other = make(), make()
+    callback = kr.callbacks.UpdatePruning(kr.schedules.ConstantSparsity(0.5, 0, frequency=1))
+    for model in (one, other):
+        callback.set_model(model)
+        callback.step()
+    assert masked_layers(other)[1].sparsity == 0.5

@@ -40,6 +40,22 @@ class Naming(Scaled):
         return [self.table]
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """A user's own layer without `build()`: Keras builds the layers in it when it is called."""
+
+    def __init__(self, units=8, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.first, self.second = keras.layers.Dense(units), keras.layers.Dense(units)
+
+    def call(self, inputs):
+        return inputs + self.second(self.first(inputs))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
 def _floats(*shape):
     return np.random.default_rng(1).standard_normal(shape).astype("float32")
 
@@ -100,6 +116,7 @@ CASES = {
     "TimeDistributed": (lambda: L.TimeDistributed(L.Dense(6)), _floats(4, 5, 8), [(8, 6)], [(6,)]),
     "a layer of one's own": (lambda: Scaled(6), _floats(4, 8), [(8, 6)], [(6,)]),
     "a layer that names its weights": (lambda: Naming(6), _floats(4, 8), [(8, 6)], [(6,)]),
+    "a layer without build": (lambda: Block(8), _floats(4, 8), [(8, 8), (8, 8)], [(8,), (8,)]),
     "a block of layers": (
         lambda: keras.Sequential([L.Dense(6), L.BatchNormalization(), L.Dense(3)]),
         _floats(4, 8),

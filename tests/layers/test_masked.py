@@ -122,3 +122,28 @@ def test_remat_gives_the_same_gradients():
             outputs = tf.reduce_sum(layer(np.ones((2, 6), "float32")) ** 2)
         gradients.append(tape.gradient(outputs, layer.layer.kernel.value).numpy())
     np.testing.assert_allclose(*gradients, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_norms_of_half_precision_kernels(dtype, generator):
+    layer = kr.layers.PrunableDense(4, dtype=dtype, group="unit", renormalize="l2")
+    layer.build((None, 2048))
+    layer.kernel.assign(generator.standard_normal((2048, 4)) * 1e-2)
+    kernel = keras.ops.convert_to_numpy(keras.ops.cast(layer.kernel, "float32"))
+    layer.update_masks(0.5)
+    expected = np.linalg.norm(kernel, axis=0) / np.linalg.norm(kernel * layer.mask.numpy(), axis=0)
+    np.testing.assert_allclose(layer.scale.numpy(), expected, rtol=1e-4)
+    assert (expected > 1.01).all()
+
+
+@pytest.mark.parametrize("answer", [np.float32(1), np.ones(2), np.full((1, 2), np.nan)])
+def test_a_renormalizer_that_answers_wrongly_changes_nothing(answer):
+    layer = dense([[1.0, 2.0], [3.0, 4.0]], renormalize=lambda before, after, input_axes: answer)
+    with pytest.raises(ValueError, match=r"`renormalize` must give one finite scale a unit.*\(1, 2\)"):
+        layer.update_masks(0.5)
+    assert layer.mask.numpy().all()
+
+
+def test_a_schedule_that_the_pattern_cannot_give():
+    with pytest.raises(ValueError, match="removes 50% of the weights at most"):
+        kr.layers.PrunableDense(2, pattern="n_of_m", pruning_schedule=kr.schedules.PolynomialDecay(0, 0.8, 0, 6))

@@ -171,6 +171,31 @@ def test_state_and_losses_of_the_inner_layer_are_kept():
     np.testing.assert_array_equal(to_numpy(moving_mean), before)
 
 
+def test_a_stateful_layer_keeps_its_state():
+    inner = keras.layers.LSTM(4, stateful=True)
+    layer = kr.layers.RenormalizedPruning(inner)
+    twin = keras.layers.LSTM(4, stateful=True)
+    x = np.random.default_rng(0).standard_normal((2, 3, 5)).astype("float32")
+    twin.build(x.shape)
+    layer.build(x.shape)
+    twin.set_weights(inner.get_weights())
+    for _ in range(3):
+        np.testing.assert_allclose(to_numpy(layer(x)), to_numpy(twin(x)), rtol=1e-6)
+    assert layer.stateful
+    layer.reset_state()
+    twin.reset_state()
+    np.testing.assert_allclose(to_numpy(layer(x)), to_numpy(twin(x)), rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_quantizing_the_inner_layer_is_refused():
+    model = keras.Sequential([keras.Input((5, 8)), keras.layers.EinsumDense("abc,cd->abd", output_shape=(5, 4))])
+    model = kr.to_prunable(model)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="no longer has the kernels.*strip"):
+        model(np.ones((2, 5, 8), "float32"))
+
+
 def test_dropout_inside_draws_anew():
     layer = kr.layers.RenormalizedPruning(keras.layers.LSTM(8, dropout=0.5))
     x = np.ones((2, 3, 4), "float32")
