@@ -322,8 +322,10 @@ def copy_layer(operation: Any, cls: type | None = None, without: tuple[str, ...]
     cls = cls or type(operation)
     parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else [operation]
     try:
-        config = {key: value for key, value in operation.get_config().items() if key not in without}
-        # Functions and classes that are not registered are at hand here.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The object being serialized includes a `lambda`")
+            config = {key: value for key, value in operation.get_config().items() if key not in without}
+        # Functions and classes that are not registered are at hand here, also lambdas.
         functions = {key: getattr(operation, key, None) for key in config}
         config.update({key: value for key, value in functions.items() if inspect.isfunction(value)})
         if cls is keras.layers.Lambda:
