@@ -133,3 +133,24 @@ def test_no_unit_loses_its_last_weight_while_there_are_enough():
 def test_units_of_zeros_are_not_spared():
     scores = np.array([[0.0, 1.0, 5.0], [0.0, 2.0, 4.0]])
     np.testing.assert_array_equal(compute_mask(scores, 0.5), [[False, False, True], [False, True, True]])
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "sorted", "columns", "infinite"])
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.9, 0.999])
+def test_large_kernels_are_cut_exactly_where_a_sort_would(kind, sparsity, generator):
+    scores = np.abs(generator.standard_normal((700, 1000), np.float32))
+    if kind == "ties":
+        scores = np.round(scores, 1)
+    elif kind == "sorted":
+        scores = np.sort(scores, axis=None).reshape(700, 1000)
+    elif kind == "columns":  # in step with a sample of every n-th weight
+        scores[:, ::14] *= 100
+    elif kind == "infinite":
+        scores[:, ::3] = -np.inf
+    mask = compute_mask(scores, sparsity, read=np.ones(1000, bool))
+    order = np.argsort(-scores, axis=None, kind="stable")
+    expected = np.zeros(scores.size, bool)
+    expected[order[: scores.size - round(sparsity * scores.size)]] = True
+    if sparsity < 0.99:  # beyond, units would lose their last weight
+        np.testing.assert_array_equal(mask.reshape(-1), expected)
+    assert np.count_nonzero(mask) == np.count_nonzero(expected)
