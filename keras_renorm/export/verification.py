@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import warnings
 
 import numpy as np
 
@@ -22,7 +23,10 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
     Raises:
         RuntimeError: if the runtime cannot load or run the file.
     """
-    interpreter = _interpreter()(model_path=str(path))
+    with warnings.catch_warnings():
+        # Whoever has no LiteRT is served by TensorFlow's own, deprecated as it is.
+        warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
+        interpreter = _interpreter()(model_path=str(path))
     interpreter.allocate_tensors()
     signature = next(iter(interpreter.get_signature_list()))
     runner = interpreter.get_signature_runner(signature)
@@ -56,5 +60,7 @@ def _interpreter() -> type:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
-        from tensorflow.lite import Interpreter
+        import tensorflow as tf
+
+        return tf.lite.Interpreter
     return Interpreter

@@ -1,4 +1,5 @@
 import os
+import sys
 
 import keras
 import numpy as np
@@ -130,6 +131,14 @@ def test_given_samples_are_compared(tmp_path, monkeypatch):
     samples = np.full((3, 256), 0.5)
     kr.export_tflite(dense(), tmp_path / "model.tflite", samples=samples)
     np.testing.assert_array_equal(seen[0][0], samples)
+
+
+def test_without_litert_tensorflows_interpreter_serves(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
+    assert verification._interpreter().__module__.startswith("tensorflow")
+    report = kr.export_tflite(dense(), tmp_path / "model.tflite")
+    assert report.stored_sparse
+    assert report.difference < 1e-5
 
 
 def test_a_recurrent_model_takes_one_sample_at_a_time(tmp_path):
