@@ -67,7 +67,7 @@ def compute_mask(
     idle = None
     if read is not None and not read.all():
         idle = ~pattern.any(np.broadcast_to(np.reshape(read, -1), shape))
-        cells = np.where(idle & (cells < np.inf), np.nextafter(cells.min(), -np.inf), cells)
+        cells = np.where(idle & (cells < np.inf), np.nextafter(cells.min(), cells.dtype.type(-np.inf)), cells)
     if mask is not None:
         cells = np.where(pattern.any(ordered(mask)), cells, -np.inf)
     if group == "unit":

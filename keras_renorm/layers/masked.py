@@ -108,7 +108,7 @@ class MaskedLayer:
             )
             masked.append(MaskedKernel(kernel.variable, kernel.input_axes, mask, scale))
             if kernel.variable.regularizer is not None:
-                kernel.variable.regularizer = _regularize_effective(kernel.variable.regularizer, masked[-1])
+                kernel.variable.regularizer = _OfEffectiveKernel(kernel.variable.regularizer, masked[-1])
         self.pruning_step = self.add_weight(
             name="pruning_step", shape=(), dtype="int32", initializer=keras.initializers.Constant(NEVER), trainable=False
         )
@@ -268,6 +268,11 @@ def _scale_shape(kernel: Kernel) -> list[int]:
     return shape
 
 
-def _regularize_effective(regularizer: Callable, kernel: MaskedKernel) -> Callable:
+class _OfEffectiveKernel(keras.regularizers.Regularizer):
     """The regularizer of what the layer computes with, so that masked values neither cost nor move."""
-    return lambda variable: regularizer(kernel.effective())
+
+    def __init__(self, regularizer: Callable, kernel: MaskedKernel):
+        self.regularizer, self.kernel = regularizer, kernel
+
+    def __call__(self, variable):
+        return self.regularizer(self.kernel.effective())
