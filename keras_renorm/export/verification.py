@@ -25,7 +25,7 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
     """
     with warnings.catch_warnings():
         # Whoever has no LiteRT is served by TensorFlow's own, deprecated as it is.
-        warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
+        warnings.filterwarnings("ignore", message=r"(?s)\s*Warning: .*ai_edge_litert")
         interpreter = _interpreter()(model_path=str(path))
     interpreter.allocate_tensors()
     signature = next(iter(interpreter.get_signature_list()))
