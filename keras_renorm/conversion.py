@@ -86,10 +86,24 @@ def to_prunable(
 
     converted, _ = rebuild(model, convert)
     if from_zeros:
-        for layer in masked_layers(converted):
-            for kernel in layer.masked_kernels:
-                kernel.mask.assign(ops.not_equal(kernel.variable, 0))
+        _masks_from_zeros(converted)
     return converted
+
+
+def _masks_from_zeros(model: keras.Model) -> None:
+    empty = []
+    for layer in masked_layers(model):
+        for kernel in layer.masked_kernels:
+            kept = ops.convert_to_numpy(kernel.variable) != 0
+            kernel.mask.assign(kept)
+            if not kept.any():
+                empty.append(kernel.variable.path)
+    if empty:
+        warnings.warn(
+            f"All weights of {empty} are zero, so with `from_zeros=True` they are masked for good. If a layer was only "
+            "initialized with zeros, leave it out with `layers=`.",
+            stacklevel=3,
+        )
 
 
 def strip(model: keras.Model) -> keras.Model:

@@ -155,6 +155,12 @@ def test_from_zeros_keeps_every_zero_in_training():
         assert (new[old != 0] != old[old != 0]).any()
 
 
+def test_from_zeros_of_a_layer_that_holds_nothing_else():
+    model = keras.Sequential([keras.Input((4,)), L.Dense(2, kernel_initializer="zeros", name="empty")])
+    with pytest.warns(UserWarning, match=r"All weights of .*empty/kernel.* are zero"):
+        kr.to_prunable(model, from_zeros=True)
+
+
 def test_which_layers():
     def chosen(layers):
         return [layer.name for layer in masked_layers(kr.to_prunable(residual_named(), layers=layers))]
