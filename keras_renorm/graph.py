@@ -79,7 +79,8 @@ def walk_back(model: keras.Model, visit: Callable[[keras.Layer, np.ndarray], np.
         visit: called as `visit(layer, read)` with a bool for each unit of the layer: whether anything reads it. It answers
             with the kernel's mask, bool and shaped like the kernel, or `None` for a mask of ones.
     """
-    if not isinstance(model, (keras.Sequential, Functional)):
+    # A Sequential model that Keras could not trace has no outputs.
+    if not isinstance(model, (keras.Sequential, Functional)) or not getattr(model, "outputs", None):
         return
     nodes = list(_nodes_from_the_outputs(model))
     # A layer may also be called within another one: in a model in the model, or a wrapper.
