@@ -103,6 +103,21 @@ def test_ways_to_train(arguments):
     assert {int(layer.pruning_step) for layer in masked_layers(model)} == {12}
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_mixed_precision(policy, steps_per_execution):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = make(steps_per_execution=steps_per_execution)
+        assert {layer.compute_dtype for layer in masked_layers(model)} == {policy.removeprefix("mixed_")}
+        history = fit(model)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert kr.summary(model).sparsity == 0.75
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {12}
+    assert np.isfinite(history.history["loss"]).all()
+
+
 def test_each_layer_has_its_own_schedule_or_the_callbacks():
     model = make(kr.schedules.ConstantSparsity(0.5, 0, frequency=1))
     fit(model, kr.callbacks.UpdatePruning(kr.schedules.ConstantSparsity(0.25, 0, frequency=1)))
