@@ -122,6 +122,7 @@ def main():
         print(f"  {name:22}{accuracy(model, test):8.3f}  {sparsity:8.3f}  {report.bytes:9,} {report.gzip_bytes:9,}")
     half = kr.export_tflite(plain, OUT / "pruned_float16.tflite", quantize="float16", samples=test[0][:8])
     print(f"  {'  the same in float16':22}{'':8}  {'':8}  {half.bytes:9,} {half.gzip_bytes:9,}\n")
+    print(report, "\n")
 
     picture(curves, prunable, OUT / "quickstart.png")
     print(f"Written to {OUT.name}/: quickstart.png, pruned.keras, dense.tflite, pruned.tflite, pruned_float16.tflite")

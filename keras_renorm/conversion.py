@@ -94,7 +94,8 @@ def _masks_from_zeros(model: keras.Model) -> None:
     empty = []
     for layer in masked_layers(model):
         for kernel in layer.masked_kernels:
-            kept = ops.convert_to_numpy(kernel.variable) != 0
+            # Layers that were prunable before have masks to keep.
+            kept = ops.convert_to_numpy(kernel.mask) & (ops.convert_to_numpy(kernel.variable) != 0)
             kernel.mask.assign(kept)
             if not kept.any():
                 empty.append(kernel.variable.path)

@@ -84,16 +84,11 @@ def compute_mask(
     return new_mask if mask is None else new_mask & mask
 
 
-def unit_axes(rank: int, input_axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a kernel that number its units: all but `input_axes`."""
-    return tuple(axis for axis in range(rank) if axis not in input_axes)
-
-
 def _inputs_then_units(shape, input_axes):
     """How to transpose a kernel to inputs first, and its shape then, with all axes of units made one."""
     rank = len(shape)
     inputs = tuple(range(rank - 1)) if input_axes is None else tuple(axis % rank for axis in input_axes)
-    units = unit_axes(rank, inputs)
+    units = tuple(axis for axis in range(rank) if axis not in inputs)
     number_of_units = int(np.prod([shape[axis] for axis in units], dtype=int))
     input_shape = tuple(shape[axis] for axis in inputs) or (1,)
     return inputs + units, (*input_shape, number_of_units)

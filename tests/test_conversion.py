@@ -332,6 +332,8 @@ def test_a_model_that_is_partly_prunable_keeps_its_masks():
     prunable = kr.to_prunable(model)
     assert [layer.sparsity for layer in masked_layers(prunable)] == [0.5, 0.0]
     assert_same_outputs(model, prunable, np.ones((2, 8), "float32"), rtol=0)
+    from_zeros = kr.to_prunable(model, from_zeros=True)
+    assert [layer.sparsity for layer in masked_layers(from_zeros)] == [0.5, 0.0]
 
 
 def test_a_frozen_layer_of_ones_own_is_prunable(tmp_path):

@@ -54,16 +54,18 @@ class ExportReport:
         return self.bytes / self.dense_bytes
 
     def __str__(self) -> str:
-        width = max((len(tensor.name) for tensor in self.tensors), default=6)
+        # A fused operation has the names of all it was made of; the first is enough to find it.
+        names = [tensor.name.split(";")[0] for tensor in self.tensors]
+        width = max(map(len, names), default=0)
         lines = [
             f"{self.path} ({self.quantize or 'float32'}, {'sparse' if self.stored_sparse else 'dense'} storage)",
             f"  bytes       {self.bytes:>12,}   dense export {self.dense_bytes:>12,}   {self.ratio:.2f} of it",
             f"  gzipped     {self.gzip_bytes:>12,}   dense export {self.dense_gzip_bytes:>12,}",
             f"  difference from Keras: {self.difference:.2g} (outputs reach {self.output_range:.2g})",
         ]
-        for tensor in self.tensors:
+        for name, tensor in zip(names, self.tensors):
             lines.append(
-                f"  {tensor.name.ljust(width)}  {'x'.join(map(str, tensor.shape)):>14}  {tensor.dtype:>8}  "
+                f"  {name.ljust(width)}  {'x'.join(map(str, tensor.shape)):>14}  {tensor.dtype:>8}  "
                 f"{tensor.sparsity:6.1%} zeros  {tensor.bytes:>10,} bytes  {'sparse' if tensor.stored_sparse else 'dense'}"
             )
         return "\n".join(lines + [f"  {note}" for note in self.notes])

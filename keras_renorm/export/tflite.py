@@ -50,9 +50,9 @@ def export_tflite(
         An `ExportReport`; print it for a table.
 
     Raises:
-        ValueError: if an argument is wrong, or TensorFlow is not the backend of Keras.
+        ValueError: if an argument is wrong, the model gives NaN, or TensorFlow is not the backend of Keras.
         OSError: if the file cannot be written.
-        RuntimeError: if the model cannot be converted, or the runtime does not run what came out.
+        RuntimeError: if the model cannot be converted, the runtime does not run what came out, or its outputs are wrong.
 
     Example:
 
@@ -78,7 +78,10 @@ def export_tflite(
             f"Model '{model.name}' gives NaN or infinity on the samples, so the exported file could not be compared with it. "
             "Pass typical inputs as `samples`, or check its weights."
         )
+    tolerance = _TOLERANCE[quantize]
     if any(layer.compute_dtype != "float32" for layer in plain._flatten_layers()):
+        # What it is compared with was computed in half precision.
+        tolerance = max(tolerance, _TOLERANCE["float16"])
         plain, _ = rebuild(plain, _in_float32)
         notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
     settings = _converter_settings(plain, quantize, representative)
@@ -102,8 +105,7 @@ def export_tflite(
                     f"written: {error}"
                 ) from error
             notes.append("Takes one sample at a time: the runtime does not run this network with a batch of any size.")
-        half_precision = any("half precision" in note for note in notes)
-        if difference > _TOLERANCE["float16" if half_precision and quantize is None else quantize] * output_range:
+        if difference > tolerance * output_range:
             raise RuntimeError(
                 f"The outputs of the converted model differ from those of model '{model.name}' by {difference:.2g}, where the "
                 f"largest is {output_range:.2g}, so '{path}' was not written. An operation may be converted wrongly: export "

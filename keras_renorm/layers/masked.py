@@ -77,7 +77,6 @@ class MaskedLayer:
         self.criterion = criteria.get(criterion)
         self.pattern = patterns.get(pattern)
         self.group = validation.check_choice(group, masks.GROUPS, "group")
-        self.pattern.check(0.0, group)
         self.renormalize = renorm.get(renormalize, group)
         self.pattern.check(getattr(self.pruning_schedule, "max_sparsity", 0.0), group)
         self.regrow = validation.check_choice(regrow, (True, False), "regrow")
