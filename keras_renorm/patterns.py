@@ -17,7 +17,12 @@ from keras_renorm import serialization
 
 
 class Pattern(serialization.Configurable):
-    """Base class: cells are single weights and every one of them may be removed."""
+    """Base class: cells are single weights and every one of them may be removed.
+
+    `most` is the highest sparsity that the pattern can give.
+    """
+
+    most = 1.0
 
     def cells(self, scores: np.ndarray) -> np.ndarray:
         """One score a cell, as a matrix with units last; `inf` marks a cell that always stays.
@@ -112,7 +117,7 @@ class NOfM(Pattern):
     Example:
 
     >>> import keras_renorm as kr
-    >>> kr.patterns.NOfM(2, 4).sparsity
+    >>> kr.patterns.NOfM(2, 4).most
     0.5
     """
 
@@ -124,14 +129,14 @@ class NOfM(Pattern):
         self.n, self.m = int(n), int(m)
 
     @property
-    def sparsity(self) -> float:
+    def most(self) -> float:
         return 1 - self.n / self.m
 
     def check(self, sparsity, group):
-        if sparsity > self.sparsity + 1e-9:
+        if sparsity > self.most + 1e-9:
             raise ValueError(
-                f"Pattern {self!r} removes {self.sparsity:.0%} of the weights at most. Received: sparsity={sparsity}. "
-                f"Pass `sparsity={self.sparsity}`, or another pattern."
+                f"Pattern {self!r} removes {self.most:.0%} of the weights at most. Received: sparsity={sparsity}. "
+                f"Pass `sparsity={self.most}`, or another pattern."
             )
 
     def cells(self, scores):

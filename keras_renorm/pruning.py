@@ -9,44 +9,70 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm import allocation as allocations
 from keras_renorm import criteria, masks, patterns, renorm, validation
-from keras_renorm.conversion import choose_layers, rebuild, strip
+from keras_renorm.calibrated import Rule, Target, prune_calibrated
+from keras_renorm.calibration import Samples
+from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, strip
+from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.events import prune_kernel
 from keras_renorm.graph import walk_back
 from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.masked import masked_layers
+from keras_renorm.renorm import CalibratedRenormalizer
+from keras_renorm.report import LayerReport, PruningReport, describe, growth
 
 
 def prune(
     model: keras.Model,
     sparsity: float | dict[str, float],
-    criterion: Any = "magnitude",
+    criterion: Any = "auto",
     pattern: Any = "unstructured",
     group: str = "layer",
+    allocation: Any = "erk",
     renormalize: Any = "auto",
+    calibration: Any = None,
     layers: Any = None,
+    batch_size: int = 128,
+    verbose: int | str = "auto",
 ) -> keras.Model:
-    """Prune a trained model in one shot and renormalize what is left, without training.
+    """Prune a trained model in one shot and renormalize what is left, without training and without labels.
 
-    Every kernel of the chosen layers loses the same fraction of its weights. The model passed in stays as it is.
+    With calibration samples, a few hundred to a few thousand of what the model will see, layers are pruned in the order in
+    which the model calls them. Each is fed by the pruned layers before it and fitted to what the dense model computes. Layers
+    that come after a pruned one are fitted too, with the zeros that they have, and BatchNormalization is adjusted to its new
+    input.
+
+    The model passed in stays as it is.
 
     Args:
         model: a built model: Sequential, Functional, or a subclassed one with a `get_config()`.
-        sparsity: fraction of the weights to remove, in [0, 1); or a dict of layer name (or glob) to sparsity, to prune
-            those layers alone; a name goes before a glob, an earlier glob before a later one.
-        criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`.
+        sparsity: fraction of the weights to remove, in [0, 1), over all kernels of the chosen layers; or a dict of layer name
+            (or glob) to sparsity, to prune those layers alone; a name goes before a glob, an earlier glob before a later one.
+        criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`; with samples also
+            `"activation"`, `"obs"` and `"admm"`. `"auto"` is `"admm"` with samples, else `"magnitude"`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance.
         group: `"layer"` or `"unit"`: which weights compete with each other.
-        renormalize: `"auto"`, `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning. `"auto"` is the data-free one
-            that measures best: `L2()` with `group="unit"`, `L2(max_scale=2)` with `group="layer"`.
+        allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, or a callable
+            (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
+        renormalize: `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning; with samples also `"moments"` and `"lstsq"`.
+            `"auto"` is `"lstsq"` with samples, else the data-free one that measures best: `L2()` with `group="unit"`,
+            `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, separable, your own
+            layers) get the latter.
+        calibration: unlabelled samples: an array, a list or a dict of arrays (one an input), a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, or a generator of batches; of batches `(x, y)`, `x` is taken.
         layers: which layers, as in `keras_renorm.to_prunable`.
+        batch_size: how many samples to run at once, where they come as arrays.
+        verbose: `"auto"`, 0, 1, or 2: the progress bar over the layers while samples are used. `"auto"` shows it where Keras
+            logs interactively.
 
     Returns:
-        A new model of plain Keras layers, whose kernels hold zeros. It is compiled if `model` was, with a fresh optimizer.
+        A new model of plain Keras layers, whose kernels hold zeros. It is compiled if `model` was, with a fresh optimizer. Its
+        attribute `pruning_report` says what each layer got; it is not saved with the model.
 
     Raises:
-        ValueError: if the sparsity is outside [0, 1), the model is not built or has nothing to prune, a name is unknown, or
-            a kernel holds NaN or infinity.
+        ValueError: if the sparsity is outside [0, 1), the model is not built or has nothing to prune, a name is unknown, a
+            kernel holds NaN or infinity, or the samples are empty, of the wrong shape or not finite.
         TypeError: if it is not a Keras 3 model.
 
     Example:
@@ -56,60 +82,133 @@ def prune(
     >>> pruned = kr.prune(model, sparsity=0.75)
     >>> int(np.count_nonzero(pruned.layers[0].kernel))
     8
+    >>> samples = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
+    >>> pruned = kr.prune(model, sparsity=0.75, calibration=samples, verbose=0)
+    >>> pruned.pruning_report.rows[0].renormalize
+    'LeastSquares'
     """
     validation.check_model(model)
-    criterion, pattern = criteria.get(criterion), patterns.get(pattern)
+    calibrated = calibration is not None
     validation.check_choice(group, masks.GROUPS, "group")
-    renormalize = renorm.get(renormalize, group)
+    rule = Rule(
+        criterion=criteria.get(criterion, calibrated),
+        pattern=patterns.get(pattern),
+        group=group,
+        renormalize=renorm.get(renormalize, group, calibrated),
+    )
     if isinstance(sparsity, dict):
         if layers is not None:
             raise ValueError("Pass either a dict as `sparsity` or `layers`, not both: the dict names the layers.")
         layers = list(sparsity)
-    by_name = sparsity if isinstance(sparsity, dict) else {"*": sparsity}
-    for value in by_name.values():
-        pattern.check(validation.check_sparsity(value), group)
+    for value in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
+        rule.pattern.check(validation.check_sparsity(value), group)
+    allocation = allocations.get(allocation)
     if masked_layers(model):
         model = strip(model)
     chosen = choose_layers(model, layers)
     for layer in chosen.values():
         for kernel in find_kernels(layer):
-            validation.check_finite(ops.convert_to_numpy(kernel.variable), _describe(kernel, layer))
+            validation.check_finite(ops.convert_to_numpy(kernel.variable), _name(kernel, layer))
+    samples = Samples(calibration, model, batch_size) if calibrated else None
 
-    pruned, counterparts = rebuild(model, lambda layer: None)
-    wanted = {
-        id(counterparts[key]): by_name.get(
-            layer.name, next(v for n, v in by_name.items() if fnmatch.fnmatchcase(layer.name, n))
-        )
-        for key, layer in chosen.items()
-    }
-    done = set()
-
-    def prune_layer(layer, read=None):
-        if id(layer) not in wanted:
-            return ops.convert_to_numpy(layer.kernel) != 0
-        done.add(id(layer))
-        for kernel in find_kernels(layer):
-            values = ops.convert_to_numpy(kernel.variable)
-            mask, scale = prune_kernel(
-                values,
-                wanted[id(layer)],
-                criterion,
-                pattern,
-                group,
-                renormalize,
-                kernel.input_axes,
-                read=read,
-                description=_describe(kernel, layer),
+    try:
+        pruned, counterparts = rebuild(model, lambda layer: None)
+        targets = _targets([counterparts[key] for key in chosen], sparsity, allocation, rule.pattern)
+        if calibrated:
+            rows = prune_calibrated(
+                model,
+                pruned,
+                _twins(model, counterparts),
+                {id(target.kernel.variable): target for target in targets},
+                rule,
+                samples,
+                lambda target: _prune_without_data(target, rule),
+                _verbosity(verbose),
             )
-            kernel.variable.assign(np.where(mask, values * scale, 0))
-        return mask
-
-    walk_back(pruned, prune_layer)
-    for key in chosen:
-        if id(counterparts[key]) not in done:
-            prune_layer(counterparts[key])
+        else:
+            rows = _prune_backwards(pruned, targets, rule)
+    finally:
+        if samples is not None:
+            samples.close()
+    order = [layer.name for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
+    pruned.pruning_report = PruningReport(tuple(sorted(rows, key=lambda row: order.index(row.layer))))
     return pruned
 
 
-def _describe(kernel, layer):
+def _targets(layers, sparsity, allocation, pattern) -> list[Target]:
+    kernels = [(layer, kernel) for layer in layers for kernel in find_kernels(layer)]
+    if isinstance(sparsity, dict):
+        sparsities = [
+            sparsity.get(layer.name, next(v for n, v in sparsity.items() if fnmatch.fnmatchcase(layer.name, n)))
+            for layer, _ in kernels
+        ]
+    else:
+        values = [ops.convert_to_numpy(kernel.variable).astype(np.float32) for _, kernel in kernels]
+        sparsities = allocations.allocate(values, sparsity, allocation, most=pattern.most)
+    return [Target(layer, kernel, one) for (layer, kernel), one in zip(kernels, sparsities)]
+
+
+def _twins(model, counterparts) -> list[tuple[keras.Layer, keras.Layer]]:
+    """The layers of a model and of its copy, at any depth."""
+    return [
+        pair
+        for layer in outermost_layers(model)
+        if id(layer) in counterparts
+        for pair in zip(layer._flatten_layers(), counterparts[id(layer)]._flatten_layers())
+    ]
+
+
+def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> list[LayerReport]:
+    """Prune from the outputs to the inputs, so that it is known which units are still read."""
+    rows, waiting = [], {}
+    for target in targets:
+        waiting.setdefault(id(target.layer), []).append(target)
+
+    def prune_layer(layer, read=None):
+        rows.extend(_prune_without_data(target, rule, read) for target in waiting.pop(id(layer), []))
+        return ops.convert_to_numpy(layer.kernel) != 0
+
+    walk_back(model, prune_layer)
+    rows.extend(_prune_without_data(target, rule) for left in waiting.values() for target in left)
+    return rows
+
+
+def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = None) -> LayerReport:
+    variable, axes = target.kernel.variable, target.kernel.input_axes
+    criterion = criteria.Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
+    renormalize = rule.renormalize
+    if isinstance(renormalize, CalibratedRenormalizer):
+        renormalize = renorm.get("auto", rule.group)
+    values = ops.convert_to_numpy(variable)
+    mask, scale = prune_kernel(
+        values,
+        target.sparsity,
+        criterion,
+        rule.pattern,
+        rule.group,
+        renormalize,
+        axes,
+        read=read,
+        description=_name(target.kernel, target.layer),
+    )
+    kept = np.where(mask, values, 0)
+    variable.assign(kept * scale)
+    return LayerReport(
+        layer=target.layer.name,
+        kernel=variable.path.removeprefix(f"{target.layer.path}/"),
+        weights=mask.size,
+        kept=int(np.count_nonzero(mask)),
+        criterion=describe(criterion),
+        renormalize=describe(renormalize),
+        scale=growth(kept, kept * scale, axes),
+    )
+
+
+def _verbosity(verbose: int | str) -> int:
+    if verbose == "auto":
+        return int(keras.config.is_interactive_logging_enabled())
+    return validation.check_choice(verbose, (0, 1, 2), "verbose")
+
+
+def _name(kernel, layer):
     return f"Kernel '{kernel.variable.path}' of layer '{layer.name}'"

@@ -1,7 +1,8 @@
 """What is done to the surviving weights so that each unit computes what it computed before.
 
 A renormalizer is called as `renormalizer(before, after, input_axes)` with two kernels, the one that the layer computed with
-until now and what is left of it, and returns one scale a unit. A new one is one class here and one row of `KNOWN`.
+until now and what is left of it, and returns one scale a unit. One that needs samples is called as
+`renormalizer(matrix, mask, moments)` and returns new weights. A new one is one class here and one row of `KNOWN`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm import serialization, validation
+from keras_renorm import least_squares, serialization, validation
+from keras_renorm.moments import Moments
 
 GRANULARITIES = ("unit", "layer")
 
@@ -32,6 +34,12 @@ class Renormalizer(serialization.Configurable):
         raise NotImplementedError
 
 
+def _check_max_scale(value: float | None) -> float | None:
+    if value is not None and not (np.isreal(value) and 1 <= value < np.inf):
+        raise ValueError(f"Argument `max_scale` must be `None` or a number of at least 1. Received: max_scale={value!r}.")
+    return value
+
+
 class _KeepNorm(Renormalizer):
     """Scale that gives each unit back the norm that its weights had.
 
@@ -42,11 +50,7 @@ class _KeepNorm(Renormalizer):
 
     def __init__(self, granularity: str = "unit", max_scale: float | None = None):
         self.granularity = validation.check_choice(granularity, GRANULARITIES, "granularity")
-        if max_scale is not None and not (np.isreal(max_scale) and 1 <= max_scale < np.inf):
-            raise ValueError(
-                f"Argument `max_scale` must be `None` or a number of at least 1. Received: max_scale={max_scale!r}."
-            )
-        self.max_scale = max_scale
+        self.max_scale = _check_max_scale(max_scale)
 
     def norm(self, kernel: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
         raise NotImplementedError
@@ -95,22 +99,90 @@ class L2(_KeepNorm):
         return np.sqrt(np.square(kernel).sum(axis=axes, keepdims=True))
 
 
-KNOWN = {"l1": L1, "l2": L2}
+class CalibratedRenormalizer(Renormalizer):
+    """Base class of what looks at the data that goes through a layer (`keras_renorm.prune` with `calibration`)."""
+
+    def __call__(self, matrix: np.ndarray, mask: np.ndarray, moments: Moments) -> np.ndarray:
+        """The new weights; the bias that goes with them is `moments.intercept(weights)`.
+
+        Args:
+            matrix: the dense kernel, shape `(groups, inputs, units)`.
+            mask: bool of that shape; `True` = kept.
+            moments: of the layer's inputs, as they come from the pruned layers before it, and of the dense layer's outputs.
+
+        Returns:
+            Array of that shape, zero where the mask is `False`.
+        """
+        raise NotImplementedError
 
 
-def get(identifier: Any, group: str = "layer") -> Any:
+@serialization.register
+class MatchMoments(CalibratedRenormalizer):
+    """Give each unit's pre-activation the mean and the standard deviation that it had: one scale a unit, and a new bias.
+
+    Args:
+        max_scale: upper bound of a scale, or `None`. It must be at least 1.
+    """
+
+    def __init__(self, max_scale: float | None = None):
+        self.max_scale = _check_max_scale(max_scale)
+
+    def __call__(self, matrix, mask, moments):
+        kept = np.where(mask, matrix, 0)
+        left = moments.output_power(kept)
+        scale = np.ones_like(left)
+        # A unit whose survivors carry nothing has nothing to scale: its bias alone meets the mean.
+        np.divide(moments.power, left, out=scale, where=left > 1e-9 * moments.power)
+        return kept * np.minimum(np.sqrt(scale), self.max_scale or np.inf)[:, None, :]
+
+
+@serialization.register
+class LeastSquares(CalibratedRenormalizer):
+    """Refit the survivors: least squares of the dense unit's pre-activation on the kept inputs, with intercept.
+
+    Args:
+        ridge: strength of the pull toward the old weights, as a share of the inputs' mean second moment. It keeps the fit
+            finite where there are fewer samples than inputs.
+    """
+
+    def __init__(self, ridge: float = 0.01):
+        if not (np.isreal(ridge) and 0 < ridge < np.inf):
+            raise ValueError(f"Argument `ridge` must be a positive number, such as 0.01. Received: ridge={ridge!r}.")
+        self.ridge = ridge
+
+    def __call__(self, matrix, mask, moments):
+        left, right = least_squares.regularized(moments, matrix, self.ridge)
+        return least_squares.solve_masked(left, right, mask, start=matrix)
+
+
+KNOWN = {"l1": L1, "l2": L2, "moments": MatchMoments, "lstsq": LeastSquares}
+
+
+def get(identifier: Any, group: str = "layer", calibrated: bool = False) -> Any:
     """The renormalizer that a name, an instance or a config stands for.
 
     Args:
         identifier: `None` for plain pruning, `"auto"`, a name, an instance, a config, or a callable.
         group: which weights compete; `"auto"` depends on it.
+        calibrated: whether there are calibration samples; `"auto"` depends on that too.
 
     Returns:
-        A callable `(before, after, input_axes) -> scales`, or `None`.
+        A callable `(before, after, input_axes) -> scales` or, if it needs samples, a `CalibratedRenormalizer`; or `None`.
+
+    Raises:
+        ValueError: if it is not known, or needs samples that are not there.
     """
     if identifier is None:
         return None
     if isinstance(identifier, str) and identifier == "auto":
         # Measured on held-out training data: see `docs/defaults.md`.
+        if calibrated:
+            return LeastSquares()
         return L2() if group == "unit" else L2(max_scale=2.0)
-    return serialization.get(identifier, KNOWN | {"auto": None}, Renormalizer, "renormalize")
+    renormalizer = serialization.get(identifier, KNOWN | {"auto": None}, Renormalizer, "renormalize")
+    if isinstance(renormalizer, CalibratedRenormalizer) and not calibrated:
+        raise ValueError(
+            f"Renormalizer {renormalizer!r} needs samples to see what each unit computes. Call "
+            "`keras_renorm.prune(model, sparsity, renormalize=..., calibration=samples)`, or take `renormalize='l2'`."
+        )
+    return renormalizer

@@ -12,6 +12,7 @@ from keras_renorm import validation
 from keras_renorm.conversion import never_pruned, outermost_layers
 from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
+from keras_renorm.tables import format_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +66,7 @@ class Summary:
             for row in self.rows
         ]
         cells.append(("total", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.4f}", ""))
-        widths = [max(map(len, column)) for column in zip(header, *cells)]
-        lines = [
-            "  ".join(
-                text.rjust(width) if 3 <= index <= 5 else text.ljust(width)
-                for index, (text, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            for line in (header, *cells)
-        ]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self.notes])
+        return "\n".join([format_table(header, cells, right=(3, 4, 5), total=True), *self.notes])
 
     __repr__ = __str__
 

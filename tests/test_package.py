@@ -12,13 +12,14 @@ ROOT = pathlib.Path(kr.__file__).parent
 
 # Rooms, from the ground up: a module imports from rooms above its own line only, or from its own.
 ROOMS = [
-    ["version", "serialization", "validation"],
-    ["patterns", "renorm", "schedules"],
-    ["masks"],
+    ["version", "serialization", "validation", "tables", "moments"],
+    ["patterns", "least_squares", "schedules", "allocation", "report"],
+    ["masks", "renorm"],
     ["criteria"],
     ["events"],
     ["layers"],
-    ["conversion", "graph"],
+    ["calibration", "conversion", "graph"],
+    ["calibrated"],
     ["pruning", "summary", "callbacks"],
     ["export"],
 ]

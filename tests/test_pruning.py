@@ -27,7 +27,7 @@ def zeros(model):
 def test_every_kernel_loses_its_share_and_the_model_is_untouched(make, group, renormalize):
     model = make()
     before = [weight.copy() for weight in model.get_weights()]
-    pruned = kr.prune(model, 0.5, group=group, renormalize=renormalize)
+    pruned = kr.prune(model, 0.5, group=group, allocation="uniform", renormalize=renormalize)
     for row in kr.summary(pruned).rows:
         if group == "layer":
             assert row.weights - row.kept == round(0.5 * row.weights)
@@ -41,7 +41,7 @@ def test_every_kernel_loses_its_share_and_the_model_is_untouched(make, group, re
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_layer_with_every_pattern(name, pattern):
     make, inputs, kernels, _ = CASES[name]
-    pruned = kr.prune(model_around(make(), inputs), 0.5, pattern=pattern, renormalize="l2")
+    pruned = kr.prune(model_around(make(), inputs), 0.5, pattern=pattern, allocation="uniform", renormalize="l2")
     for row, shape in zip(kr.summary(pruned).rows, [*kernels, None]):
         # Runs of two channels are not longer than what 2 of 4 keeps.
         assert row.kept < row.weights or (pattern == "n_of_m" and shape[-2] <= 2)
@@ -49,7 +49,7 @@ def test_every_layer_with_every_pattern(name, pattern):
 
 @pytest.mark.parametrize("sparsity", [0, 0.3, 0.8, 0.95, 0.999])
 def test_exact_count(sparsity):
-    assert zeros(kr.prune(mlp(), sparsity)) == {
+    assert zeros(kr.prune(mlp(), sparsity, allocation="uniform")) == {
         "a": round(sparsity * 1200),
         "b": round(sparsity * 600),
         "c": round(sparsity * 80),
@@ -69,7 +69,7 @@ def test_a_shared_layer_is_pruned_once():
     inputs = keras.Input((50,))
     layer = L.Dense(50)
     model = keras.Model(inputs, L.Dense(3)(layer(layer(inputs))))
-    assert [row.sparsity for row in kr.summary(kr.prune(model, 0.5, criterion="random")).rows] == [
+    assert [row.sparsity for row in kr.summary(kr.prune(model, 0.5, criterion="random", allocation="uniform")).rows] == [
         0.5,
         pytest.approx(0.5, abs=0.01),
     ]
@@ -93,7 +93,7 @@ def test_a_kernel_without_inputs():
 
 
 def test_layers_are_chosen():
-    assert zeros(kr.prune(mlp(), 0.5, layers=["a", "c"])) == {"a": 600, "b": 0, "c": 40}
+    assert zeros(kr.prune(mlp(), 0.5, allocation="uniform", layers=["a", "c"])) == {"a": 600, "b": 0, "c": 40}
 
 
 def test_by_hand():
@@ -122,7 +122,7 @@ def test_same_call_same_result():
 
 def test_a_prunable_model_is_stripped_first():
     prunable = kr.to_prunable(mlp())
-    pruned = kr.prune(prunable, 0.5)
+    pruned = kr.prune(prunable, 0.5, allocation="uniform")
     assert type(pruned.layers[0]) is L.Dense
     assert zeros(pruned) == {"a": 600, "b": 300, "c": 40}
 
@@ -130,7 +130,7 @@ def test_a_prunable_model_is_stripped_first():
 def test_a_subclassed_model():
     model = Subclassed()
     model.build((None, 6))
-    pruned = kr.prune(model, 0.5)
+    pruned = kr.prune(model, 0.5, allocation="uniform")
     assert isinstance(pruned, Subclassed)
     assert np.sum(pruned.first.kernel.numpy() == 0) == 12
     assert np.sum(pruned.rest[0].kernel.numpy() == 0) == 6

@@ -36,13 +36,13 @@ def test_rows_of_a_prunable_model():
 
 
 def test_rows_of_a_plain_model():
-    summary = kr.summary(kr.prune(model(), 0.5))
+    summary = kr.summary(kr.prune(model(), 0.5, allocation="uniform"))
     assert [row.sparsity for row in summary.rows] == [0.5, 0.5]
     assert summary.sparsity == 0.5
 
 
 def test_the_table():
-    text = str(kr.summary(kr.prune(model(), 0.5)))
+    text = str(kr.summary(kr.prune(model(), 0.5, allocation="uniform")))
     assert text.splitlines()[0].split() == ["layer", "kernel", "pattern", "weights", "kept", "sparsity", "scale"]
     assert text.splitlines()[-1].split() == ["total", "792", "396", "0.5000"]
     assert repr(kr.summary(model())) == str(kr.summary(model()))

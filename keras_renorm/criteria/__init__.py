@@ -8,15 +8,34 @@ from __future__ import annotations
 from typing import Any
 
 from keras_renorm import serialization
-from keras_renorm.criteria.base import Criterion
+from keras_renorm.criteria.activation import Activation
+from keras_renorm.criteria.admm import ADMM
+from keras_renorm.criteria.base import CalibratedCriterion, Criterion
 from keras_renorm.criteria.magnitude import Magnitude
+from keras_renorm.criteria.obs import OBS
 from keras_renorm.criteria.random import Random
 
-KNOWN = {"magnitude": Magnitude, "random": Random}
+KNOWN = {"magnitude": Magnitude, "random": Random, "activation": Activation, "obs": OBS, "admm": ADMM}
 
-__all__ = ["KNOWN", "Criterion", "Magnitude", "Random", "get"]
+__all__ = ["ADMM", "KNOWN", "OBS", "Activation", "CalibratedCriterion", "Criterion", "Magnitude", "Random", "get"]
 
 
-def get(identifier: Any) -> Any:
-    """The criterion that a name, an instance, a config or a callable `kernel -> scores` stands for."""
-    return serialization.get(identifier, KNOWN, Criterion, "criterion")
+def get(identifier: Any, calibrated: bool = False) -> Any:
+    """The criterion that a name, an instance, a config or a callable `kernel -> scores` stands for.
+
+    Args:
+        identifier: what the user passed; `"auto"` is `"admm"` with calibration samples, else `"magnitude"`.
+        calibrated: whether there are calibration samples.
+
+    Raises:
+        ValueError: if it is not known, or needs samples that are not there.
+    """
+    if isinstance(identifier, str) and identifier == "auto":
+        identifier = "admm" if calibrated else "magnitude"
+    criterion = serialization.get(identifier, KNOWN, Criterion, "criterion")
+    if isinstance(criterion, CalibratedCriterion) and not calibrated:
+        raise ValueError(
+            f"Criterion {criterion!r} needs samples to see what each input carries. Call "
+            "`keras_renorm.prune(model, sparsity, criterion=..., calibration=samples)`, or take `criterion='magnitude'`."
+        )
+    return criterion

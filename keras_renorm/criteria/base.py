@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from keras_renorm import serialization
+from keras_renorm.moments import Moments
 
 
 class Criterion(serialization.Configurable):
@@ -13,6 +15,28 @@ class Criterion(serialization.Configurable):
     def __call__(self, kernel: np.ndarray) -> np.ndarray:
         """Scores shaped like `kernel`; larger = keep."""
         raise NotImplementedError
+
+
+class CalibratedCriterion(Criterion):
+    """Base class: scores the weights of a layer by the data that goes through it (`keras_renorm.prune` with `calibration`)."""
+
+    def __call__(self, matrix: np.ndarray, moments: Moments) -> np.ndarray:
+        """Scores shaped like `matrix`; larger = keep.
+
+        Args:
+            matrix: the layer's kernel, shape `(groups, inputs, units)`.
+            moments: of its inputs and targets.
+        """
+        raise NotImplementedError
+
+    def select(self, matrix: np.ndarray, moments: Moments, mask_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The weights to keep, bool of the shape of `matrix`.
+
+        Args:
+            matrix, moments: as in `__call__`.
+            mask_of: scores of that shape -> the mask that keeps the best of them.
+        """
+        return mask_of(self(matrix, moments))
 
 
 def score(criterion: Any, kernel: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ L = keras.layers
 
 def dense(sparsity=0.9):
     model = keras.Sequential([keras.Input((256,)), L.Dense(512, "relu", name="one"), L.Dense(10, name="two")])
-    return kr.prune(model, sparsity) if sparsity else model
+    return kr.prune(model, sparsity, allocation="uniform") if sparsity else model
 
 
 def convolutional():

@@ -1,0 +1,85 @@
+"""First and second moments of what goes into a layer and of what should come out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Moments of the rows and targets of a layer seen as `targets = rows @ matrix + bias`, for each of its groups.
+
+    Args:
+        rows: how many rows they were taken from.
+        gram: second moments of the inputs, shape `(groups, inputs, inputs)`.
+        cross: those of the inputs with the targets, shape `(groups, inputs, units)`.
+        power: those of the targets, shape `(groups, units)`.
+        input_mean: shape `(groups, inputs)`. The moments above are about the means, so that an intercept is free; for a
+            layer that cannot have one they are about zero, and the means are zeros.
+        target_mean: shape `(groups, units)`.
+    """
+
+    rows: int
+    gram: np.ndarray
+    cross: np.ndarray
+    power: np.ndarray
+    input_mean: np.ndarray
+    target_mean: np.ndarray
+
+    def intercept(self, matrix: np.ndarray) -> np.ndarray:
+        """The bias with which `matrix` meets the targets in the mean, shape `(groups, units)`."""
+        return self.target_mean - np.einsum("gi,giu->gu", self.input_mean, matrix)
+
+    def output_power(self, matrix: np.ndarray) -> np.ndarray:
+        """Second moment of `rows @ matrix`, shape `(groups, units)`."""
+        return np.einsum("giu,giu->gu", matrix, self.gram @ matrix)
+
+    def error(self, matrix: np.ndarray, bias: np.ndarray) -> float:
+        """Mean squared distance of `rows @ matrix + bias` from the targets, as a share of the targets' own power."""
+        squares = self.power - 2 * np.einsum("giu,giu->gu", matrix, self.cross) + self.output_power(matrix)
+        total = np.sum(squares + (bias - self.intercept(matrix)) ** 2)
+        return float(max(total, 0) / max(np.sum(self.power), np.finfo(np.float32).tiny))
+
+
+class Accumulator:
+    """Adds up moments batch by batch, in memory that does not depend on how many batches there are."""
+
+    def __init__(self):
+        self._rows = 0
+
+    def add(self, rows, targets) -> None:
+        """Take in tensors of shape `(groups, rows, inputs)` and `(groups, rows, units)`."""
+        rows, targets = ops.cast(rows, "float32"), ops.cast(targets, "float32")
+        if not self._rows:
+            # Sums are taken about the first batch's means: about zero, large means would drown the rest.
+            self._origin = ops.mean(rows, axis=1, keepdims=True), ops.mean(targets, axis=1, keepdims=True)
+            self._sums = [np.float64(0)] * 5
+        rows, targets = rows - self._origin[0], targets - self._origin[1]
+        transposed = ops.transpose(rows, (0, 2, 1))
+        batch = (
+            ops.sum(rows, axis=1),
+            ops.sum(targets, axis=1),
+            ops.matmul(transposed, rows),
+            ops.matmul(transposed, targets),
+            ops.sum(ops.square(targets), axis=1),
+        )
+        self._rows += int(rows.shape[1])
+        self._sums = [total + ops.convert_to_numpy(part) for total, part in zip(self._sums, batch)]
+
+    def moments(self, intercept: bool = True) -> Moments:
+        """What was added up, about the means or, for a layer that can have no intercept, about zero."""
+        row_sum, target_sum, gram, cross, power = (total / self._rows for total in self._sums)
+        row_origin, target_origin = (ops.convert_to_numpy(origin)[:, 0].astype(np.float64) for origin in self._origin)
+        gram = gram - row_sum[:, :, None] * row_sum[:, None, :]
+        cross = cross - row_sum[:, :, None] * target_sum[:, None, :]
+        power = power - target_sum**2
+        row_mean, target_mean = row_origin + row_sum, target_origin + target_sum
+        if not intercept:
+            gram = gram + row_mean[:, :, None] * row_mean[:, None, :]
+            cross = cross + row_mean[:, :, None] * target_mean[:, None, :]
+            power = power + target_mean**2
+            row_mean, target_mean = np.zeros_like(row_mean), np.zeros_like(target_mean)
+        return Moments(self._rows, gram, cross, np.maximum(power, 0), row_mean, target_mean)
