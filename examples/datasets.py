@@ -12,11 +12,12 @@ import numpy as np
 DOWNLOADS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--dataset` and `--data-dir`."""
+def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add `--dataset` (a list of names, if `several`) and `--data-dir`."""
     parser.add_argument(
         "--dataset",
-        default="digits",
+        nargs="+" if several else None,
+        default=["digits"] if several else "digits",
         help=f"digits (default, inside scikit-learn), {', '.join(DOWNLOADS)}, or NAME for DATA_DIR/NAME.npz",
     )
     parser.add_argument(

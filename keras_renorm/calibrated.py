@@ -20,11 +20,10 @@ from keras_renorm import masks, patterns
 from keras_renorm.calibration import Call, Passes, Samples, observe
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
-from keras_renorm.layers.kernels import Kernel
-from keras_renorm.layers.linear import LinearView, linear_view
 from keras_renorm.moments import Accumulator, Moments
 from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, describe, growth
+from keras_renorm.sites import Site, Target, find_stages
 
 # Variance that a feature is taken to have left at least, as a share of what it had.
 SMALLEST_VARIANCE = 0.1
@@ -40,37 +39,6 @@ class Rule:
     pattern: patterns.Pattern
     group: str
     renormalize: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A kernel to prune, and how much of it; `layer` is the outermost layer that it is in."""
-
-    layer: keras.Layer
-    kernel: Kernel
-    sparsity: float
-
-
-@dataclasses.dataclass
-class _Site:
-    """A layer that is visited: one with a kernel, or a BatchNormalization."""
-
-    dense: keras.Layer
-    pruned: keras.Layer
-    view: LinearView
-    target: Target | None
-    first_call: int
-    inputs: int | None
-    calls: int = 1
-    normalization: keras.Layer | None = None
-
-    @property
-    def is_normalization(self) -> bool:
-        return isinstance(self.dense, keras.layers.BatchNormalization)
-
-    @property
-    def has_intercept(self) -> bool:
-        return self.is_normalization or self.normalization is not None or self.dense.bias is not None
 
 
 def prune_calibrated(
@@ -99,14 +67,14 @@ def prune_calibrated(
     Returns:
         A report for each kernel.
     """
-    sites = _find_sites(dense, twins, targets, rule, next(iter(samples)))
-    found = {id(site.target) for site in sites}
+    refit = isinstance(rule.renormalize, CalibratedRenormalizer)
+    stages = find_stages(dense, twins, targets, next(iter(samples)), refit)
+    found = {id(site.target) for stage in stages for site in stage}
     reports = [prune_without_data(target) for target in targets.values() if id(target) not in found]
     passes, scarce = Passes([dense, pruned], samples), {}
-    stages = _stages(sites)
     progress = keras.utils.Progbar(len(stages), verbose=verbose, unit_name="layer")
     for stage in stages:
-        for site, moments in zip(stage, _collect(stage, passes)):
+        for site, moments in zip(stage, _collect(stage, passes, rule)):
             _check_finite(site, moments)
             if site.is_normalization:
                 _adjust(site.pruned, moments.input_mean, moments.gram, moments)
@@ -125,114 +93,57 @@ def prune_calibrated(
     return reports
 
 
-def _find_sites(dense, twins, targets, rule, batch) -> list[_Site]:
-    """The layers to visit, in the order in which the dense model calls them."""
-    refit = isinstance(rule.renormalize, CalibratedRenormalizer)
-    candidates = {}
-    for old, new in twins:
-        target = targets.get(id(getattr(new, "kernel", None)))
-        view = _view(old) if target or refit else None
-        if view is not None:
-            candidates[id(old)] = (old, new, view, target)
-    calls = observe(lambda: dense(batch, training=False), [old for old, *_ in candidates.values()])
-    sites: dict[int, _Site] = {}
-    unusable = set()
-    for index, call in enumerate(calls):
-        old, new, view, target = candidates[id(call.layer)]
-        if not _is_linear(call, view):
-            unusable.add(id(old))
-        elif id(old) in sites:
-            sites[id(old)].calls += 1
-            sites[id(old)].inputs = None
-        else:
-            sites[id(old)] = _Site(old, new, view, target, index, id(call.inputs))
-    seen = unusable | set(sites)
-    silent = [new.name for key, (_, new, _, target) in candidates.items() if target and key not in seen]
-    if silent:
-        warnings.warn(
-            f"The samples of argument `calibration` never reach layers {silent}: they are pruned without data.", stacklevel=4
-        )
-    usable = [site for key, site in sites.items() if key not in unusable]
-    pruned = [site for site in usable if site.target is not None]
-    # What comes before all that is pruned is left alone; a target that is no site may be anywhere.
-    first = 0 if len(pruned) < len(targets) else pruned[0].first_call
-    usable = [site for site in usable if site.first_call >= first]
-    _join_normalizations(usable, calls)
-    joined = {id(site.normalization) for site in usable}
-    return [site for site in usable if id(site.pruned) not in joined]
-
-
-def _view(layer: keras.Layer) -> LinearView | None:
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None or not layer.built:
-        return None
-    if not isinstance(layer, keras.layers.BatchNormalization):
-        return linear_view(layer)
-    features = layer.moving_mean.shape[0]
-
-    def by_feature(inputs):
-        return ops.reshape(ops.moveaxis(inputs, layer.axis, 0), (features, -1, 1))
-
-    return LinearView(by_feature, by_feature, (features,), ((0,), (), ()))
-
-
-def _is_linear(call: Call, view: LinearView) -> bool:
-    """Whether the call is what the view takes it for: not inside `vmap`, nor in a subclass that computes something else."""
-    try:
-        inputs, outputs = (ops.convert_to_tensor(ops.convert_to_numpy(t)[:1], "float32") for t in (call.inputs, call.outputs))
-    except Exception:
-        return False
-    if isinstance(call.layer, keras.layers.BatchNormalization):
-        return True
-    rows, targets = (ops.convert_to_numpy(part)[:, :256] for part in (view.rows(inputs), view.targets(outputs)))
-    here = rows @ _matrix(call.layer, view) + _bias(call.layer, view)[:, None]
-    # Half precision rounds to 2 ** -8.
-    return here.shape == targets.shape and np.allclose(here, targets, rtol=0.02, atol=0.02 * np.abs(targets).max(initial=0))
-
-
-def _join_normalizations(sites: list[_Site], calls: list[Call]) -> None:
-    """A BatchNormalization that takes a layer's very output is adjusted along with that layer, without a pass of its own."""
-    makers = {id(call.outputs): call.layer for call in calls}
-    by_layer = {id(site.dense): site for site in sites}
-    for call in calls:
-        before, here = by_layer.get(id(makers.get(id(call.inputs)))), by_layer.get(id(call.layer))
-        if before is None or here is None or before.is_normalization or not here.is_normalization:
-            continue
-        axis = 1 if getattr(before.dense, "data_format", None) == "channels_first" else len(call.inputs.shape) - 1
-        linear = before.dense.activation in (None, keras.activations.linear)
-        if linear and before.calls == here.calls == 1 and here.dense.axis in (axis, axis - len(call.inputs.shape)):
-            before.normalization = here.pruned
-
-
-def _stages(sites: list[_Site]) -> list[list[_Site]]:
-    """Layers that are called with the same tensor, such as query, key and value, share a pass over the samples."""
-    stages: dict[Any, list[_Site]] = {}
-    for site in sites:
-        stages.setdefault(site.inputs or -id(site), []).append(site)
-    return list(stages.values())
-
-
-def _collect(stage: list[_Site], passes: Passes) -> list[Moments]:
+def _collect(stage: list[Site], passes: Passes, rule: Rule) -> list[Moments]:
+    """The moments of each site: inputs as they come in the pruned model, targets from the dense one."""
     accumulators = [Accumulator() for _ in stage]
-    calls = sum(site.calls for site in stage)
-    layers = [site.dense for site in stage], [site.pruned for site in stage]
+    sums = [site.sum for site in stage if site.sum and getattr(rule.renormalize, "compensates", False)]
+    calls = sum(site.calls for site in stage) + len(sums)
+    layers = [[getattr(place, model) for place in [*stage, *sums]] for model in ("dense", "pruned")]
     for run_dense, run_pruned in passes.runs(layers):
         wanted = observe(run_dense, layers[0], calls)
         given = observe(run_pruned, layers[1], calls, outputs=False)
         for site, accumulator in zip(stage, accumulators):
             outputs = [call.inputs if site.is_normalization else call.outputs for call in wanted if call.layer is site.dense]
             inputs = [call.inputs for call in given if call.layer is site.pruned]
+            missing = _missing(site, wanted, given) if site.sum in sums else None
             for one_input, one_output in zip(inputs, outputs):
-                _add_in_pieces(accumulator, site.view, one_input, one_output)
+                _add_in_pieces(accumulator, site, one_input, one_output, missing)
     return [accumulator.moments(intercept=site.has_intercept) for site, accumulator in zip(stage, accumulators)]
 
 
-def _add_in_pieces(accumulator, view, inputs, outputs):
+def _missing(site: Site, wanted: list[Call], given: list[Call]) -> Any:
+    """What the other operands of a site's sum lack in the pruned model."""
+    (dense,) = (call.inputs for call in wanted if call.layer is site.sum.dense)
+    (pruned,) = (call.inputs for call in given if call.layer is site.sum.pruned)
+    others = [index for index in range(len(dense)) if index != site.sum.operand]
+    return sum(ops.cast(dense[index], "float32") - ops.cast(pruned[index], "float32") for index in others)
+
+
+def _add_in_pieces(accumulator: Accumulator, site: Site, inputs: Any, outputs: Any, missing: Any) -> None:
+    view = site.view
     groups, width, units = view.sizes
     rows = int(np.prod(outputs.shape[1:])) // (groups * units)
     length = max(1, PIECE // max(1, rows * groups * width))
     for start in range(0, len(outputs), length):
         piece = slice(start, start + length)
-        accumulator.add(view.rows(inputs[piece]), view.targets(outputs[piece]))
+        targets = ops.cast(view.targets(outputs[piece]), "float32")
+        if missing is not None:
+            targets = targets + view.targets(missing[piece]) / _gain(site)
+        accumulator.add(view.rows(inputs[piece]), targets)
+
+
+def _gain(site: Site) -> np.ndarray:
+    """What a change of a site's output is multiplied by on its way to its sum, shape `(groups, 1, units)`."""
+    groups, _, units = site.view.sizes
+    gain = np.ones(groups * units)
+    if site.normalization:
+        layer = site.normalization[0]
+        gain /= np.sqrt(ops.convert_to_numpy(layer.moving_variance) + layer.epsilon)
+        if layer.gamma is not None:
+            gain *= ops.convert_to_numpy(layer.gamma)
+    # Through a channel that is as good as closed nothing can be made up for.
+    gain[np.abs(gain) < 1e-3 * np.abs(gain).max()] = np.inf
+    return gain.reshape(groups, 1, units).astype(np.float32)
 
 
 def _check_finite(site, moments):
@@ -243,20 +154,9 @@ def _check_finite(site, moments):
         )
 
 
-def _matrix(layer, view) -> np.ndarray:
-    return view.to_matrix(ops.convert_to_numpy(layer.kernel).astype(np.float64))
-
-
-def _bias(layer, view) -> np.ndarray:
-    groups, _, units = view.sizes
-    if layer.bias is None:
-        return np.zeros((groups, units))
-    return ops.convert_to_numpy(layer.bias).astype(np.float64).reshape(groups, units)
-
-
-def _treat(site: _Site, moments: Moments, rule: Rule) -> LayerReport:
+def _treat(site: Site, moments: Moments, rule: Rule) -> LayerReport:
     """Choose the mask of a layer, if it is to be pruned, and fit what is left."""
-    matrix, bias = _matrix(site.dense, site.view), _bias(site.dense, site.view)
+    matrix, bias = site.matrix, site.bias
     mask = matrix != 0 if site.target is None else _choose(site, matrix, moments, rule)
     kept = np.where(mask, matrix, 0)
     fitted, new_bias = kept, bias
@@ -273,7 +173,7 @@ def _treat(site: _Site, moments: Moments, rule: Rule) -> LayerReport:
         site.pruned.bias.assign(new_bias.reshape(site.pruned.bias.shape))
         mean = mean + new_bias
     if site.normalization is not None:
-        _adjust(site.normalization, mean, moments.output_power(fitted), moments)
+        _adjust(site.normalization[1], mean, moments.output_power(fitted), moments)
     return LayerReport(
         layer=site.pruned.name,
         kernel=kernel.name,
@@ -287,7 +187,7 @@ def _treat(site: _Site, moments: Moments, rule: Rule) -> LayerReport:
     )
 
 
-def _choose(site: _Site, matrix: np.ndarray, moments: Moments, rule: Rule) -> np.ndarray:
+def _choose(site: Site, matrix: np.ndarray, moments: Moments, rule: Rule) -> np.ndarray:
     shape, target = tuple(site.pruned.kernel.shape), site.target
 
     def mask_of(scores):

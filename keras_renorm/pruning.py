@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_renorm import allocation as allocations
 from keras_renorm import criteria, masks, patterns, renorm, validation
-from keras_renorm.calibrated import Rule, Target, prune_calibrated
+from keras_renorm.calibrated import Rule, prune_calibrated
 from keras_renorm.calibration import Samples
 from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, strip
 from keras_renorm.criteria import CalibratedCriterion
@@ -21,6 +21,7 @@ from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, PruningReport, describe, growth
+from keras_renorm.sites import Target
 
 
 def prune(

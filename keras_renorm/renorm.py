@@ -100,7 +100,13 @@ class L2(_KeepNorm):
 
 
 class CalibratedRenormalizer(Renormalizer):
-    """Base class of what looks at the data that goes through a layer (`keras_renorm.prune` with `calibration`)."""
+    """Base class of what looks at the data that goes through a layer (`keras_renorm.prune` with `calibration`).
+
+    `compensates` says whether it can also make up for what is lost elsewhere: where the output meets others in an `Add`,
+    its targets then include what the others lack.
+    """
+
+    compensates = False
 
     def __call__(self, matrix: np.ndarray, mask: np.ndarray, moments: Moments) -> np.ndarray:
         """The new weights; the bias that goes with them is `moments.intercept(weights)`.
@@ -144,6 +150,8 @@ class LeastSquares(CalibratedRenormalizer):
         ridge: strength of the pull toward the old weights, as a share of the inputs' mean second moment. It keeps the fit
             finite where there are fewer samples than inputs.
     """
+
+    compensates = True
 
     def __init__(self, ridge: float = 0.01):
         if not (np.isreal(ridge) and 0 < ridge < np.inf):

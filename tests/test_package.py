@@ -19,6 +19,7 @@ ROOMS = [
     ["events"],
     ["layers"],
     ["calibration", "conversion", "graph"],
+    ["sites"],
     ["calibrated"],
     ["pruning", "summary", "callbacks"],
     ["export"],

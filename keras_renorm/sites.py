@@ -1,0 +1,210 @@
+"""Which layers calibration visits, in which order, and how they hang together.
+
+All of it is seen by watching the model run, so it holds for nested and for subclassed models too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm.calibration import Call, observe
+from keras_renorm.layers.kernels import Kernel
+from keras_renorm.layers.linear import LinearView, linear_view
+
+L = keras.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kernel to prune, and how much of it; `layer` is the outermost layer that it is in."""
+
+    layer: keras.Layer
+    kernel: Kernel
+    sparsity: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """An `Add` that takes, as its operand number `operand`, what a site makes."""
+
+    dense: keras.Layer
+    pruned: keras.Layer
+    operand: int
+
+
+@dataclasses.dataclass
+class Site:
+    """A layer that is visited: one with a kernel, or a BatchNormalization.
+
+    Args:
+        dense: the layer in the dense model.
+        pruned: its twin in the model that is being pruned.
+        view: how it is seen as a matrix product.
+        target: how to prune it; `None` if it is only fitted.
+        first_call: when it is called first.
+        inputs: `id` of the tensor that it is called with, `None` if it is called several times.
+        calls: how often it is called in one run.
+        normalization: the BatchNormalization (dense, pruned) that takes its very output.
+        sum: the `Add` that takes its output, or that of its normalization, last of all operands.
+    """
+
+    dense: keras.Layer
+    pruned: keras.Layer
+    view: LinearView
+    target: Target | None
+    first_call: int
+    inputs: int | None
+    calls: int = 1
+    normalization: tuple[keras.Layer, keras.Layer] | None = None
+    sum: Sum | None = None
+
+    @property
+    def is_normalization(self) -> bool:
+        return isinstance(self.dense, L.BatchNormalization)
+
+    @property
+    def has_intercept(self) -> bool:
+        return self.is_normalization or self.normalization is not None or self.dense.bias is not None
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The dense kernel, shape `(groups, inputs, units)`."""
+        return self.view.to_matrix(ops.convert_to_numpy(self.dense.kernel).astype(np.float64))
+
+    @property
+    def bias(self) -> np.ndarray:
+        """The dense bias or zeros, shape `(groups, units)`."""
+        groups, _, units = self.view.sizes
+        if self.dense.bias is None:
+            return np.zeros((groups, units))
+        return ops.convert_to_numpy(self.dense.bias).astype(np.float64).reshape(groups, units)
+
+
+def find_stages(
+    dense: keras.Model,
+    twins: Sequence[tuple[keras.Layer, keras.Layer]],
+    targets: dict[int, Target],
+    batch: Any,
+    refit: bool,
+) -> list[list[Site]]:
+    """The sites in the order in which the dense model calls them; those that are called with the same tensor, such as query,
+    key and value, share a stage, as one pass over the samples serves them all.
+
+    Args:
+        dense: the dense model.
+        twins: the layers of both models, at any depth, in pairs.
+        targets: the kernels to prune, by the `id` of their variable in the pruned model.
+        batch: samples to run.
+        refit: whether what comes after the first pruned layer is visited too.
+    """
+    candidates, sums = {}, {}
+    for old, new in twins:
+        target = targets.get(id(getattr(new, "kernel", None)))
+        view = _view(old) if target or refit else None
+        if view is not None:
+            candidates[id(old)] = (old, new, view, target)
+        elif refit and isinstance(old, L.Add):
+            sums[id(old)] = (old, new)
+    calls = observe(lambda: dense(batch, training=False), [old for old, *_ in [*candidates.values(), *sums.values()]])
+    sites: dict[int, Site] = {}
+    unusable = set()
+    for index, call in enumerate(calls):
+        if id(call.layer) in sums:
+            continue
+        old, new, view, target = candidates[id(call.layer)]
+        if id(old) in sites:
+            sites[id(old)].calls += 1
+            sites[id(old)].inputs = None
+            continue
+        site = Site(old, new, view, target, index, id(call.inputs))
+        if _is_linear(call, site):
+            sites[id(old)] = site
+        else:
+            unusable.add(id(old))
+    silent = [new.name for key, (_, new, _, target) in candidates.items() if target and key not in unusable | set(sites)]
+    if silent:
+        warnings.warn(
+            f"The samples of argument `calibration` never reach layers {silent}: they are pruned without data.", stacklevel=4
+        )
+    pruned = [site for site in sites.values() if site.target is not None]
+    # What comes before all that is pruned is left alone; a target that is no site may be anywhere.
+    first = 0 if len(pruned) < len(targets) else pruned[0].first_call
+    usable = {key: site for key, site in sites.items() if site.first_call >= first}
+    makers = _join_normalizations(usable, calls)
+    joined = {id(site.normalization[0]) for site in usable.values() if site.normalization}
+    stages: dict[Any, list[Site]] = {}
+    for key, site in usable.items():
+        if key not in joined:
+            stages.setdefault(site.inputs or -id(site), []).append(site)
+    _join_sums([site for stage in stages.values() for site in stage], sums, makers, calls)
+    return list(stages.values())
+
+
+def _view(layer: keras.Layer) -> LinearView | None:
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None or not layer.built:
+        return None
+    if not isinstance(layer, L.BatchNormalization):
+        return linear_view(layer)
+    features = layer.moving_mean.shape[0]
+
+    def by_feature(inputs):
+        return ops.reshape(ops.moveaxis(inputs, layer.axis, 0), (features, -1, 1))
+
+    return LinearView(by_feature, by_feature, (features,), ((0,), (), ()))
+
+
+def _is_linear(call: Call, site: Site) -> bool:
+    """Whether the call is what the view takes it for: not inside `vmap`, nor in a subclass that computes something else."""
+    try:
+        inputs, outputs = (ops.convert_to_tensor(ops.convert_to_numpy(t)[:1], "float32") for t in (call.inputs, call.outputs))
+    except Exception:
+        return False
+    if site.is_normalization:
+        return True
+    rows, targets = (ops.convert_to_numpy(part)[:, :256] for part in (site.view.rows(inputs), site.view.targets(outputs)))
+    here = rows @ site.matrix + site.bias[:, None]
+    # Half precision rounds to 2 ** -8.
+    return here.shape == targets.shape and np.allclose(here, targets, rtol=0.02, atol=0.02 * np.abs(targets).max(initial=0))
+
+
+def _join_normalizations(sites: dict[int, Site], calls: list[Call]) -> dict[int, Site]:
+    """A BatchNormalization that takes a layer's very output is adjusted along with that layer, without a pass of its own.
+
+    Returns the site that makes each tensor, by the tensor's `id`; what such a normalization makes counts as the layer's.
+    """
+    makers = {id(call.outputs): sites[id(call.layer)] for call in calls if id(call.layer) in sites}
+    makers = {key: site for key, site in makers.items() if _output_is_linear(site.dense)}
+    for call in calls:
+        before, here = makers.get(id(call.inputs)), sites.get(id(call.layer))
+        if before is None or here is None or before.is_normalization or not here.is_normalization:
+            continue
+        axis = 1 if getattr(before.dense, "data_format", None) == "channels_first" else len(call.inputs.shape) - 1
+        if before.calls == here.calls == 1 and here.dense.axis in (axis, axis - len(call.inputs.shape)):
+            before.normalization = (here.dense, here.pruned)
+            makers[id(call.outputs)] = before
+    return makers
+
+
+def _output_is_linear(layer) -> bool:
+    return getattr(layer, "activation", None) in (None, keras.activations.linear)
+
+
+def _join_sums(sites: list[Site], sums: dict, makers: dict[int, Site], calls: list[Call]) -> None:
+    """Of the operands of an `Add`, the one that is visited last can make up for what the others miss."""
+    order = {id(site): index for index, site in enumerate(sites)}
+    for call in calls:
+        if id(call.layer) not in sums:
+            continue
+        made = [makers.get(id(tensor)) for tensor in call.inputs]
+        if sum(other.layer is call.layer for other in calls) > 1:
+            continue
+        last = max((site for site in made if id(site) in order), key=lambda site: order[id(site)], default=None)
+        if last is not None and last.calls == 1 and made.count(last) == 1 and last.sum is None and not last.is_normalization:
+            last.sum = Sum(*sums[id(call.layer)], made.index(last))
