@@ -26,7 +26,7 @@ import numpy as np
 import keras_renorm as kr
 
 OUT = pathlib.Path(__file__).parents[1] / "saved_models"
-SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SAMPLES = 4096
 MAGNITUDE = dict(criterion="magnitude")
 WAYS = {

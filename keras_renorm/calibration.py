@@ -53,12 +53,11 @@ class Samples:
             self._read = lambda: _slices(self._check(keras.tree.map_structure(_to_numpy, data)), batch_size)
             self._check(keras.tree.map_structure(_to_numpy, data))
         elif isinstance(data, keras.utils.PyDataset):
-            self._read = lambda: (data[index] for index in range(data.num_batches))
+            self._read = lambda: map(self._x, (data[index] for index in range(data.num_batches)))
         elif hasattr(data, "__iter__") and leaves and not isinstance(data, (str, bytes, list, tuple, dict)):
             if iter(data) is data:
-                self._spool = _Spool(self._x(batch) for batch in data)
-                data = self._spool
-            self._read = lambda: iter(data)
+                self._spool = _Spool(map(self._x, data))
+            self._read = lambda: iter(self._spool) if self._spool else map(self._x, data)
         else:
             raise ValueError(
                 "Argument `calibration` must be an array, a list or a dict of arrays (one an input of the model), a "
@@ -69,7 +68,7 @@ class Samples:
     def __iter__(self) -> Iterator[Any]:
         count = 0
         for batch in self._read():
-            batch = self._check(self._x(batch))
+            batch = self._check(batch)
             size = len(keras.tree.flatten(batch)[0])
             count += size
             if count > MOST_SAMPLES:
@@ -84,13 +83,20 @@ class Samples:
                 "Argument `calibration` gave no samples. A generator gives its samples once: make a new one for each call."
             )
 
-    def close(self) -> None:
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(self, *error) -> None:
         """Remove the temporary file."""
         if self._spool is not None:
-            self._spool.close()
+            self._spool.file.close()
 
     def _x(self, batch):
-        return keras.tree.map_structure(_to_numpy, keras.utils.unpack_x_y_sample_weight(batch)[0])
+        """The inputs in a batch, which may be a pair `(x, y)` or, as data loaders have it, a list of these."""
+        if isinstance(batch, (list, tuple)):
+            is_inputs = len(batch) == len(self._inputs) > 1 and not any(map(keras.tree.is_nested, batch))
+            batch = batch if is_inputs else batch[0]
+        return keras.tree.map_structure(_to_numpy, batch)
 
     def _check(self, batch):
         leaves = keras.tree.flatten(batch)
@@ -150,26 +156,26 @@ class _Spool:
     """The batches of a generator, in a temporary file."""
 
     def __init__(self, batches):
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the samples are)
         self._structures = []
         count = 0
-        for batch in batches:
-            leaves = keras.tree.flatten(batch)
-            count += len(leaves[0]) if leaves and leaves[0].ndim else 1
-            if count > MOST_SAMPLES:
-                break
-            self._structures.append(keras.tree.map_structure(lambda leaf: 0, batch))
-            for leaf in leaves:
-                np.save(self._file, leaf)
+        with contextlib.ExitStack() as stack:
+            self.file = stack.enter_context(tempfile.TemporaryFile())
+            for batch in batches:
+                leaves = keras.tree.flatten(batch)
+                count += len(leaves[0]) if leaves and leaves[0].ndim else 1
+                self._structures.append(keras.tree.map_structure(lambda leaf: 0, batch))
+                for leaf in leaves:
+                    np.save(self.file, leaf)
+                if count > MOST_SAMPLES:
+                    break
+            # All went well: the file stays open until the samples are done with.
+            stack.pop_all()
 
     def __iter__(self):
-        self._file.seek(0)
+        self.file.seek(0)
         for structure in self._structures:
-            leaves = [np.load(self._file) for _ in keras.tree.flatten(structure)]
+            leaves = [np.load(self.file) for _ in keras.tree.flatten(structure)]
             yield keras.tree.pack_sequence_as(structure, leaves)
-
-    def close(self):
-        self._file.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from typing import Any
 
@@ -110,9 +111,8 @@ def prune(
     for layer in chosen.values():
         for kernel in find_kernels(layer):
             validation.check_finite(ops.convert_to_numpy(kernel.variable), _name(kernel, layer))
-    samples = Samples(calibration, model, batch_size) if calibrated else None
-
-    try:
+    with contextlib.ExitStack() as stack:
+        samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
         pruned, counterparts = rebuild(model, lambda layer: None)
         targets = _targets([counterparts[key] for key in chosen], sparsity, allocation, rule.pattern)
         if calibrated:
@@ -128,9 +128,6 @@ def prune(
             )
         else:
             rows = _prune_backwards(pruned, targets, rule)
-    finally:
-        if samples is not None:
-            samples.close()
     order = [layer.name for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
     pruned.pruning_report = PruningReport(tuple(sorted(rows, key=lambda row: order.index(row.layer))))
     return pruned

@@ -15,19 +15,19 @@ class ADMM(CalibratedCriterion):
     product of the inputs' moments with the kernel.
 
     Source: X. Meng and others, ALPS: improved optimization for highly sparse one-shot pruning for large language models,
-    arXiv 2406.07831. Here the penalty grows by a fixed factor, whatever happens to the mask.
+    arXiv 2406.07831. Here the penalty doubles after each quarter of the iterations, whatever happens to the mask.
 
     Args:
-        iterations: how many times weights and mask are exchanged.
+        iterations: how many times weights and mask are exchanged. Half as many fit a little less well in half the time.
         penalty: weight of the pull between them at first, as a share of an input's second moment.
-        growth: what the penalty is multiplied by every third iteration.
         ridge: strength of the pull toward the dense weights, as a share of the inputs' mean second moment.
     """
 
-    def __init__(self, iterations: int = 30, penalty: float = 0.1, growth: float = 1.3, ridge: float = 0.01):
+    def __init__(self, iterations: int = 60, penalty: float = 0.1, ridge: float = 0.01):
+        if isinstance(iterations, bool) or not isinstance(iterations, (int, np.integer)) or iterations < 4:
+            raise ValueError(f"Argument `iterations` must be an integer of at least 4. Received: iterations={iterations!r}.")
         self.iterations = iterations
         self.penalty = penalty
-        self.growth = growth
         self.ridge = ridge
 
     def __call__(self, matrix, moments):
@@ -39,14 +39,13 @@ class ADMM(CalibratedCriterion):
         scale = np.sqrt(np.diagonal(left, axis1=1, axis2=2))[:, :, None]
         left = (left / scale / scale.swapaxes(1, 2)).astype(np.float32)
         right, sparse = (right / scale).astype(np.float32), (matrix * scale).astype(np.float32)
-        dual, penalty, mask = np.zeros_like(sparse), np.float32(self.penalty), None
-        for iteration in range(self.iterations):
-            if iteration % 3 == 0:
-                penalty *= np.float32(self.growth if iteration else 1)
-                inverse = np.linalg.inv(left + penalty * np.eye(left.shape[-1], dtype=np.float32))
-            weights = inverse @ (right - dual + penalty * sparse)
-            wanted = weights + dual / penalty
-            mask = mask_of(np.square(wanted))
-            sparse = np.where(mask, wanted, 0)
-            dual += penalty * (weights - sparse)
+        dual, identity = np.zeros_like(sparse), np.eye(left.shape[-1], dtype=np.float32)
+        for penalty in self.penalty * np.array([1, 2, 4, 8], np.float32):
+            inverse = np.linalg.inv(left + penalty * identity)
+            for _ in range(self.iterations // 4):
+                weights = inverse @ (right - dual + penalty * sparse)
+                wanted = weights + dual / penalty
+                mask = mask_of(np.square(wanted))
+                sparse = np.where(mask, wanted, 0)
+                dual += penalty * (weights - sparse)
         return mask

@@ -1,0 +1,162 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_renorm.calibration import Passes, Samples, observe
+from tests.test_conversion import MODELS, Subclassed, batch_for, nested, residual, sequential, shared
+
+L = keras.layers
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, images, size):
+        super().__init__()
+        self.images, self.size = images, size
+
+    def __len__(self):
+        return -(-len(self.images) // self.size)
+
+    def __getitem__(self, index):
+        return self.images[index * self.size : (index + 1) * self.size], None
+
+
+def tf_dataset(images, size):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((images, np.zeros(len(images)))).batch(size)
+
+
+# Every way to pass the same samples.
+WAYS = {
+    "array": lambda images, size: images,
+    "list": lambda images, size: [images],
+    "dict": lambda images, size: {"images": images},
+    "dataset": tf_dataset,
+    "PyDataset": Batches,
+    "generator": lambda images, size: (images[i : i + size] for i in range(0, len(images), size)),
+    "generator of pairs": lambda images, size: ((images[i : i + size], None) for i in range(0, len(images), size)),
+    "iterable": lambda images, size: type("Loader", (), {"__iter__": lambda self: iter(np.array_split(images, 3))})(),
+}
+
+
+def small_model():
+    inputs = keras.Input((5,), name="images")
+    return keras.Model(inputs, L.Dense(3)(L.Dense(4, "relu")(inputs)))
+
+
+def small_tower():
+    return keras.Sequential([keras.Input((6,)), L.Dense(2)])
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_every_way_gives_the_same_samples_again_and_again(way, generator):
+    images = generator.standard_normal((10, 5)).astype("float32")
+    with Samples(WAYS[way](images, 4), small_model(), batch_size=4) as samples:
+        for _ in range(3):
+            batches = [keras.tree.flatten(batch)[0] for batch in samples]
+            np.testing.assert_array_equal(np.concatenate(batches), images)
+
+
+def test_several_inputs(generator):
+    one, two = generator.standard_normal((2, 9, 6)).astype("float32")
+    (first, *_) = Samples([one, two], shared(), 4)
+    np.testing.assert_array_equal(first[1], two[:4])
+    with Samples(iter([[one, two], [one, two]]), shared(), 4) as pairs:
+        assert [len(batch) for batch in pairs] == [2, 2]
+    with Samples(iter([([one, two], None)]), shared(), 4) as pairs:
+        assert [len(batch) for batch in pairs] == [2]
+    with Samples(iter([[one, two]]), small_tower(), 4) as labelled:
+        np.testing.assert_array_equal(next(iter(labelled)), one)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.ones((0, 5)), "gave no samples"),
+        (iter([]), "gave no samples.*make a new one"),
+        (np.ones((4, 6)), r"wrong shape for input 'images'.*takes \(None, 5\).*Received: an array of shape \(4, 6\)"),
+        (iter([np.ones((4, 5)), np.ones((4, 6))]), "wrong shape"),
+        (np.ones(5), "wrong shape"),
+        (np.float32(3), "`calibration` must"),
+        ([np.ones((4, 5)), np.ones((4, 5))], "one array for each input.*has 1. Received 2 arrays"),
+        (np.array([["a"] * 5] * 2), "must hold numbers.*dtype <U1"),
+        (np.full((4, 5), np.nan), "NaN or infinity in 4 of 4 samples.*Nothing was changed"),
+        ("images", "`calibration` must be an array.*Received: calibration='images'"),
+        (7, "`calibration` must be an array"),
+        ([], "`calibration` must be an array"),
+    ],
+)
+def test_wrong_samples(data, message):
+    with pytest.raises(ValueError, match=message), Samples(data, small_model(), 4) as samples:
+        list(samples)
+
+
+def test_samples_without_end():
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match=r"without an end.*dataset.take"):
+        Samples(tf.data.Dataset.from_tensors(np.ones((4, 5))).repeat(), small_model(), 4)
+    endless = (np.ones((500_000, 5), "int8") for _ in itertools.count())
+    message = r"more than 1,000,000 samples.*itertools.islice"
+    with pytest.raises(ValueError, match=message), Samples(endless, small_model(), 4) as samples:
+        list(samples)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, None])
+def test_wrong_batch_size(batch_size):
+    with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
+        Samples(np.ones((4, 5)), small_model(), batch_size)
+
+
+def test_observing_shows_pre_activations_and_leaves_no_trace(generator):
+    model = small_model()
+    images = generator.standard_normal((6, 5)).astype("float32")
+    attributes = [sorted(layer.__dict__) for layer in model.layers]
+    first, second = observe(lambda: model(images), model.layers[1:])
+    kernel, bias = (ops.convert_to_numpy(weight) for weight in model.layers[1].weights)
+    np.testing.assert_allclose(ops.convert_to_numpy(first.outputs), images @ kernel + bias, atol=1e-5)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(second.inputs), np.maximum(ops.convert_to_numpy(first.outputs), 0), atol=1e-6
+    )
+    (only,) = observe(lambda: model(images), [model.layers[2]], calls=1, outputs=False)
+    assert only.outputs is None
+    assert [sorted(layer.__dict__) for layer in model.layers] == attributes
+    with pytest.raises(ZeroDivisionError):
+        observe(lambda: 1 / 0, model.layers[1:])
+    assert [sorted(layer.__dict__) for layer in model.layers] == attributes
+
+
+@pytest.mark.parametrize("memory", [0, 1500, 2**30])
+@pytest.mark.parametrize("make", [*MODELS, Subclassed], ids=lambda make: make.__name__)
+def test_passes_that_resume_are_the_same_as_whole_ones(make, memory):
+    model = make()
+    if make is Subclassed:
+        model.build((None, 6))
+        batch = np.random.default_rng(0).standard_normal((4, 6)).astype("float32")
+    else:
+        batch = batch_for(model)
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, (L.Dense, L.Conv2D, L.DepthwiseConv2D))]
+    passes = Passes([model], [batch] * 3, memory)
+    for layer in layers:
+        wanted = observe(lambda: model(batch, training=False), [layer])
+        for (run,) in passes.runs([[layer]]):
+            seen = observe(run, [layer], calls=len(wanted))
+            assert len(seen) == len(wanted)
+            for call, other in zip(seen, wanted):
+                np.testing.assert_array_equal(ops.convert_to_numpy(call.inputs), ops.convert_to_numpy(other.inputs))
+
+
+def test_what_fits_into_memory_is_not_run_again():
+    for make in (sequential, residual, nested):
+        model = make()
+        batch = batch_for(model)
+        last = [layer for layer in model._flatten_layers() if isinstance(layer, L.Dense)][-1]
+        first = next(layer for layer in model._flatten_layers() if isinstance(layer, (L.Dense, L.Conv2D)))
+        passes = Passes([model], [batch])
+        for place in (last, last):
+            for (run,) in passes.runs([[place]]):
+                seen = observe(run, [first, last])
+        assert first is last or first not in [call.layer for call in seen] or make is nested
