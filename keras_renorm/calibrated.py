@@ -189,18 +189,18 @@ def _treat(site: Site, moments: Moments, rule: Rule) -> LayerReport:
 
 def _choose(site: Site, matrix: np.ndarray, moments: Moments, rule: Rule) -> np.ndarray:
     shape, target = tuple(site.pruned.kernel.shape), site.target
+    # What comes from an input that never varies can move into the bias, so its weights go first.
+    constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
 
     def mask_of(scores):
+        scores = np.where(constant, scores.min() - 1, scores) if constant.any() else scores
         scores = site.view.to_kernel(scores, shape)
         mask = masks.compute_mask(scores, target.sparsity, rule.pattern, rule.group, target.kernel.input_axes)
         return site.view.to_matrix(mask)
 
     if isinstance(rule.criterion, CalibratedCriterion):
         return rule.criterion.select(matrix, moments, mask_of)
-    scores = site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.dense.kernel).astype(np.float32)))
-    # What comes from an input that never varies can move into the bias.
-    constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
-    return mask_of(np.where(constant, scores.min() - 1, scores))
+    return mask_of(site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.dense.kernel).astype(np.float32))))
 
 
 def _adjust(layer: keras.layers.BatchNormalization, mean: np.ndarray, variance: np.ndarray, moments: Moments) -> None:

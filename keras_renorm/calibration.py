@@ -111,6 +111,8 @@ class Samples:
                 f"{len(self._inputs)}. Received {len(leaves)} arrays, of shapes {[leaf.shape for leaf in leaves]}. (Batches "
                 "of one input are put together with `np.concatenate`, or come as a generator.)"
             )
+        if len(leaves) == 1:
+            batch = leaves[0]
         for leaf, wanted in zip(leaves, self._inputs):
             if not _fits(leaf.shape, tuple(wanted.shape)):
                 raise ValueError(

@@ -3,6 +3,7 @@ import pytest
 
 from keras_renorm import renorm
 from keras_renorm.masks import compute_mask
+from tests.test_moments import moments_of
 
 ALL = [renorm.L1(), renorm.L2(), renorm.L1("layer"), renorm.L2("layer"), renorm.L1(max_scale=1.5)]
 
@@ -88,3 +89,63 @@ def test_unknown_names():
         renorm.get("l3")
     with pytest.raises(ValueError, match="`granularity` must be one of"):
         renorm.L2(granularity="filter")
+
+
+CALIBRATED = [renorm.MatchMoments(), renorm.MatchMoments(max_scale=2.0), renorm.LeastSquares(), renorm.LeastSquares(0.1)]
+
+
+def problem(generator, groups=2):
+    x = generator.standard_normal((groups, 500, 10)) @ generator.standard_normal((10, 10)) + 1
+    matrix = generator.standard_normal((groups, 10, 6))
+    return x, matrix, moments_of(x, x @ matrix + 2)
+
+
+@pytest.mark.parametrize("renormalizer", CALIBRATED, ids=repr)
+def test_with_samples_nothing_pruned_changes_nothing(renormalizer, generator):
+    _, matrix, moments = problem(generator)
+    fitted = renormalizer(matrix, np.ones(matrix.shape, bool), moments)
+    np.testing.assert_allclose(fitted, matrix, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(moments.intercept(fitted), 2, atol=1e-3)
+
+
+@pytest.mark.parametrize("renormalizer", CALIBRATED, ids=repr)
+@pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.95])
+def test_with_samples_the_error_shrinks_and_zeros_stay(renormalizer, sparsity, generator):
+    _, matrix, moments = problem(generator)
+    mask = compute_mask(np.abs(matrix), sparsity)
+    mask[0, :, 0] = False
+    fitted = renormalizer(matrix, mask, moments)
+    assert np.isfinite(fitted).all()
+    np.testing.assert_array_equal(fitted[~mask], 0)
+    plain = moments.error(np.where(mask, matrix, 0), np.full((2, 6), 2.0))
+    assert moments.error(fitted, moments.intercept(fitted)) < plain
+
+
+def test_match_moments_matches_mean_and_deviation(generator):
+    x, matrix, moments = problem(generator)
+    mask = compute_mask(np.abs(matrix), 0.5)
+    fitted = renorm.MatchMoments()(matrix, mask, moments)
+    outputs, wanted = x @ fitted + moments.intercept(fitted)[:, None], x @ matrix + 2
+    alive = mask.any(axis=1)
+    np.testing.assert_allclose(outputs.mean(axis=1), wanted.mean(axis=1), atol=1e-4)
+    np.testing.assert_allclose(outputs.std(axis=1)[alive], wanted.std(axis=1)[alive], rtol=1e-4)
+    kept = np.where(mask, matrix, 0)
+    capped = renorm.MatchMoments(max_scale=1.2)(matrix, mask, moments)
+    assert np.all(np.abs(capped) <= 1.2 * np.abs(kept) + 1e-9)
+
+
+def test_match_moments_by_hand():
+    rows = np.array([[[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]])
+    matrix = np.array([[[3.0], [4.0]]])
+    fitted = renorm.MatchMoments()(matrix, np.array([[[False], [True]]]), moments_of(rows, rows @ matrix))
+    np.testing.assert_allclose(fitted, [[[0], [5]]])
+
+
+def test_names_need_samples():
+    assert renorm.get("auto", calibrated=True) == renorm.LeastSquares()
+    assert renorm.get("moments", calibrated=True) == renorm.MatchMoments()
+    for name in ("moments", "lstsq", renorm.LeastSquares()):
+        with pytest.raises(ValueError, match=r"needs samples.*calibration=samples"):
+            renorm.get(name)
+    with pytest.raises(ValueError, match="`ridge` must be a positive number"):
+        renorm.LeastSquares(0)

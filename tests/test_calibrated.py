@@ -1,0 +1,352 @@
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_renorm as kr
+from keras_renorm.layers.kernels import find_kernels
+from tests.layers.cases import CASES, Scaled, model_around
+from tests.test_calibration import WAYS
+from tests.test_conversion import EVERY_MODEL, Subclassed
+
+L = keras.layers
+SERVED = {
+    "Dense",
+    "EinsumDense",
+    "EinsumDense over heads",
+    "Conv1D",
+    "Conv2D",
+    "Conv2D in groups",
+    "Conv3D",
+    "Conv1DTranspose",
+    "Conv2DTranspose",
+    "Conv3DTranspose",
+    "DepthwiseConv1D",
+    "DepthwiseConv2D",
+    "MultiHeadAttention",
+    "a layer without build",
+    "a block of layers",
+}
+
+
+def samples_for(model, count=256):
+    """Random samples whose features hang together, as those of real data do."""
+    generator = np.random.default_rng(3)
+    arrays = {}
+    for tensor in keras.tree.flatten(model.inputs):
+        shape = (count, *tensor.shape[1:])
+        if "int" in tensor.dtype:
+            arrays[tensor.name] = generator.integers(0, 7, shape).astype("int32")
+        else:
+            x = generator.standard_normal(shape) @ generator.standard_normal((shape[-1], shape[-1]))
+            arrays[tensor.name] = (x / np.sqrt(shape[-1]) + 0.5).astype("float32")
+    if not isinstance(model, keras.Sequential) and isinstance(model.input, dict):
+        return arrays
+    return list(arrays.values()) if len(arrays) > 1 else next(iter(arrays.values()))
+
+
+def distance(model, other, samples):
+    pairs = zip(*(keras.tree.flatten(one.predict(samples, verbose=0)) for one in (model, other)), strict=True)
+    return sum(float(np.mean((a - b) ** 2)) for a, b in pairs)
+
+
+def prune(model, sparsity, samples, **how):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Argument `calibration` has few samples")
+        return kr.prune(model, sparsity, calibration=samples, verbose=0, **how)
+
+
+@pytest.mark.parametrize("renormalize", ["lstsq", "moments"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_layer(name, renormalize):
+    make, inputs, *_ = CASES[name]
+    model = model_around(make(), inputs)
+    model.set_weights([w + 0.1 * np.random.default_rng(0).standard_normal(w.shape) for w in model.get_weights()])
+    samples, before = samples_for(model), [weight.copy() for weight in model.get_weights()]
+    pruned = prune(model, 0.5, samples, renormalize=renormalize, criterion="magnitude", allocation="uniform")
+    report = pruned.pruning_report
+    assert all(row.sparsity == pytest.approx(0.5, abs=0.5 / row.weights) for row in report.rows)
+    got = {row.renormalize for row in report.rows if row.layer != "head"}
+    served = {"lstsq": "LeastSquares", "moments": "MatchMoments"}[renormalize]
+    # Some backends run TimeDistributed as a loop, others inside `vmap`, where nothing can be seen.
+    assert got == {served if name in SERVED else "L2"} or name == "TimeDistributed"
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    for row in report.rows:
+        if renormalize == "lstsq" and row.error_before is not None:
+            assert 0 <= row.error_after < max(row.error_before, 1e-9)
+    assert all(np.isfinite(weight).all() for weight in pruned.get_weights())
+    plain = kr.prune(model, 0.5, renormalize=None, criterion="magnitude", allocation="uniform")
+    # (What is nearer before a ReLU need not be behind it, with only six units.)
+    if renormalize == "lstsq" and name in SERVED - {"Dense"}:
+        assert distance(model, pruned, samples) < distance(model, plain, samples)
+
+
+@EVERY_MODEL
+def test_every_model(make):
+    model = make()
+    samples, before = samples_for(model), [weight.copy() for weight in model.get_weights()]
+    pruned = prune(model, 0.6, samples)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    plain = kr.prune(model, 0.6, renormalize=None)
+    total = sum(row.weights for row in kr.summary(model).rows)
+    for one in (pruned, plain):
+        assert sum(row.weights - row.kept for row in kr.summary(one).rows) == round(0.6 * total)
+    assert distance(model, pruned, samples) < distance(model, plain, samples)
+    assert [sorted(layer.__dict__) for layer in model.layers] == [sorted(layer.__dict__) for layer in make().layers]
+
+
+def test_a_subclassed_model_is_observed_while_it_runs():
+    model = Subclassed()
+    samples = np.random.default_rng(0).standard_normal((128, 6)).astype("float32")
+    model(samples)
+    pruned = prune(model, 0.5, samples)
+    assert {row.renormalize for row in pruned.pruning_report.rows} == {"LeastSquares"}
+    assert distance(model, pruned, samples) < distance(model, kr.prune(model, 0.5, renormalize=None), samples)
+
+
+def convolutional(bias=False):
+    inputs = keras.Input((8, 8, 3), name="images")
+    x = L.BatchNormalization()(L.Conv2D(8, 3, padding="same", use_bias=bias)(inputs))
+    y = L.BatchNormalization()(L.Conv2D(8, 3, padding="same", use_bias=bias)(L.ReLU()(x)))
+    x = L.ReLU()(L.Add()([y, x]))
+    x = L.BatchNormalization()(L.Concatenate()([x, L.AveragePooling2D(3, 1, "same")(x)]))
+    model = keras.Model(inputs, L.Dense(4)(L.GlobalAveragePooling2D()(x)))
+    generator = np.random.default_rng(5)
+    for layer in model.layers:
+        if isinstance(layer, L.BatchNormalization):
+            size = layer.gamma.shape
+            layer.gamma.assign(generator.uniform(0.5, 2, size))
+            layer.beta.assign(generator.standard_normal(size))
+            layer.moving_mean.assign(0.3 * generator.standard_normal(size))
+            layer.moving_variance.assign(generator.uniform(0.5, 2, size))
+    return model
+
+
+@pytest.mark.parametrize("how", [dict(), dict(renormalize="moments"), dict(criterion="magnitude")])
+def test_nothing_to_prune_changes_nothing(how):
+    model = convolutional()
+    samples = samples_for(model)
+    pruned = prune(model, 0.0, samples, **how)
+    for old, new in zip(model.get_weights(), pruned.get_weights(), strict=True):
+        np.testing.assert_allclose(new, old, rtol=2e-3, atol=2e-3)
+    assert distance(model, pruned, samples) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_normalization_follows_its_input(bias):
+    """After pruning, what every BatchNormalization gives has the mean and deviation that it had, for the samples."""
+    model = convolutional(bias)
+    samples = samples_for(model, 512)
+    pruned = prune(model, 0.5, samples, renormalize="moments", criterion="magnitude", layers=L.Conv2D, allocation="uniform")
+    pairs = zip(model.layers, pruned.layers)
+    for old, new in [(old, new) for old, new in pairs if isinstance(old, L.BatchNormalization)]:
+        one, other = (
+            keras.Model(m.inputs, layer.output).predict(samples, verbose=0) for m, layer in ((model, old), (pruned, new))
+        )
+        np.testing.assert_allclose(one.mean(axis=(0, 1, 2)), other.mean(axis=(0, 1, 2)), atol=0.02)
+        np.testing.assert_allclose(one.std(axis=(0, 1, 2)), other.std(axis=(0, 1, 2)), rtol=0.05)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("size", [1, 30, 64])
+def test_the_same_result_however_the_samples_come(way, size):
+    if size == 1 and way not in ("array", "generator"):
+        pytest.skip("slow")
+    model = convolutional()
+    images = samples_for(model, 64)
+    wanted = prune(model, 0.7, images)
+    again = prune(model, 0.7, WAYS[way](images, size), batch_size=size)
+    for one, other in zip(wanted.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(one == 0, other == 0)
+        np.testing.assert_allclose(one, other, rtol=5e-3, atol=1e-3)
+    same = prune(model, 0.7, images)
+    for one, other in zip(wanted.get_weights(), same.get_weights(), strict=True):
+        np.testing.assert_array_equal(one == 0, other == 0)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block", "n_of_m", "unit"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "activation", "obs", "admm", lambda kernel: kernel])
+@pytest.mark.parametrize("renormalize", [None, "l1", "l2", "moments", "lstsq"])
+def test_all_together(pattern, criterion, renormalize):
+    model = keras.Sequential([keras.Input((8,)), L.Dense(16, "relu"), L.Dense(8)])
+    samples = samples_for(model)
+    pruned = prune(model, 0.5, samples, pattern=pattern, criterion=criterion, renormalize=renormalize)
+    assert all(np.isfinite(weight).all() for weight in pruned.get_weights())
+    assert pruned.pruning_report.sparsity == pytest.approx(0.5, abs=0.04)
+    if pattern == "n_of_m":
+        kernel = pruned.layers[0].kernel.numpy().reshape(2, 4, 16)
+        assert np.all(np.count_nonzero(kernel, axis=1) <= 2)
+    if renormalize is None:
+        for old, new in zip(model.get_weights(), pruned.get_weights(), strict=True):
+            np.testing.assert_allclose(new[new != 0], old[new != 0], rtol=1e-6)
+
+
+def test_layers_after_a_pruned_one_are_fitted_and_those_before_are_not():
+    model = keras.Sequential([keras.Input((8,)), *(L.Dense(8, "relu", name=name) for name in "abc"), L.Dense(2, name="d")])
+    model.get_layer("d").kernel.assign(
+        ops.convert_to_numpy(model.get_layer("d").kernel) * (np.arange(16).reshape(8, 2) % 3 > 0)
+    )
+    samples = samples_for(model)
+    pruned = prune(model, {"b": 0.5}, samples)
+    rows = {row.layer: row for row in pruned.pruning_report.rows}
+    assert list(rows) == ["b", "c", "d"]
+    assert (rows["b"].criterion, rows["c"].criterion) == ("ADMM", "-")
+    assert (rows["b"].kept, rows["c"].kept, rows["d"].kept) == (32, 64, 10)
+    np.testing.assert_array_equal(model.get_layer("a").kernel.numpy(), pruned.get_layer("a").kernel.numpy())
+    assert not np.array_equal(model.get_layer("c").kernel.numpy(), pruned.get_layer("c").kernel.numpy())
+    np.testing.assert_array_equal(model.get_layer("d").kernel.numpy() == 0, pruned.get_layer("d").kernel.numpy() == 0)
+    only = prune(model, {"b": 0.5}, samples, renormalize=None)
+    assert [row.layer for row in only.pruning_report.rows] == ["b"]
+
+
+def test_a_sum_makes_up_for_what_its_other_operands_lost():
+    inputs = keras.Input((8,))
+    broken, whole = L.Dense(8, name="broken")(inputs), L.Dense(8, name="whole")(inputs)
+    model = keras.Model(inputs, L.Dense(3, name="head")(L.Add()([broken, L.Activation("linear")(whole)])))
+    model = keras.Model(inputs, L.Dense(3, name="last")(L.Add()([broken, L.Dense(8, name="after")(L.ReLU()(whole))])))
+    samples = samples_for(model)
+    pruned = prune(model, {"broken": 0.9}, samples)
+    plain = kr.prune(model, {"broken": 0.9}, renormalize=None)
+    assert distance(model, pruned, samples) < 0.5 * distance(model, plain, samples)
+
+
+def test_report():
+    model = keras.Sequential([keras.Input((8,)), L.Dense(8, "relu", name="a"), L.Dense(4, name="b")])
+    report = prune(model, 0.5, samples_for(model)).pruning_report
+    assert report.sparsity == 0.5
+    text = str(report)
+    for word in ("layer", "sparsity", "criterion", "renormalize", "error", "ADMM", "LeastSquares", "a", "b"):
+        assert word in text
+    without = kr.prune(model, 0.5).pruning_report
+    assert {row.error_before for row in without.rows} == {None}
+    assert {row.criterion for row in without.rows} == {"Magnitude"}
+    assert str(kr.prune(model, 0.5, renormalize=None).pruning_report.rows[0].renormalize) == "none"
+    by_hand = kr.prune(
+        keras.models.clone_model(model),
+        0.5,
+        criterion=lambda kernel: kernel,
+        renormalize=lambda before, after, axes: np.ones((1, before.shape[1])),
+    )
+    np.testing.assert_allclose(by_hand.pruning_report.rows[0].scale, 1, rtol=1e-6)
+
+
+def test_weights_on_inputs_that_never_vary_go_first():
+    model = keras.Sequential([keras.Input((10,)), L.Dense(6)])
+    samples = samples_for(model)
+    samples[:, [2, 5]] = 3.0
+    for criterion in ("magnitude", "activation", "obs", "admm"):
+        pruned = prune(model, 0.3, samples, criterion=criterion)
+        kernel = pruned.layers[0].kernel.numpy()
+        assert not kernel[[2, 5]].any()
+        # ... and what they did is in the bias.
+        lost = prune(model, 0.2, samples, criterion=criterion)
+        assert distance(model, lost, samples) < 1e-6
+
+
+def test_dead_and_constant_units():
+    model = keras.Sequential([keras.Input((6,)), L.Dense(5, "relu", name="a"), L.BatchNormalization(), L.Dense(3, name="b")])
+    kernel = model.get_layer("a").kernel
+    kernel.assign(np.where(np.arange(5) == 1, 0, ops.convert_to_numpy(kernel)))
+    model.get_layer("a").bias.assign([0, -1, 0, 0, -100.0])
+    for how in (dict(), dict(renormalize="moments"), dict(criterion="obs")):
+        pruned = prune(model, 0.5, samples_for(model), **how)
+        assert all(np.isfinite(weight).all() for weight in pruned.get_weights())
+    zeros = np.zeros((64, 6), "float32")
+    assert all(np.isfinite(weight).all() for weight in prune(model, 0.5, zeros).get_weights())
+
+
+def test_few_samples_are_warned_of():
+    model = keras.Sequential([keras.Input((50,)), L.Dense(6, name="wide"), L.Dense(2)])
+    with pytest.warns(UserWarning, match=r"few samples for layers \['wide'\], which have 5.0 times.*10 times as many samples"):
+        pruned = kr.prune(model, 0.5, calibration=samples_for(model, 10), verbose=0)
+    assert all(np.isfinite(weight).all() for weight in pruned.get_weights())
+
+
+def test_layers_that_are_never_reached():
+    class Idle(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.used, self.unused = L.Dense(4), L.Dense(4, name="unused")
+
+        def build(self, input_shape):
+            self.used.build(input_shape)
+            self.unused.build(input_shape)
+
+        def call(self, inputs):
+            return self.used(inputs)
+
+        def get_config(self):
+            return {}
+
+    model = Idle()
+    model.build((None, 6))
+    samples = np.random.default_rng(0).standard_normal((64, 6)).astype("float32")
+    with pytest.warns(UserWarning, match=r"never reach layers \['unused'\]: they are pruned without data"):
+        pruned = kr.prune(model, 0.5, calibration=samples, verbose=0)
+    assert {row.layer: row.renormalize for row in pruned.pruning_report.rows} == {
+        pruned.used.name: "LeastSquares",
+        "unused": "L2",
+    }
+
+
+def test_a_layer_that_computes_something_else_is_pruned_without_data():
+    @keras.saving.register_keras_serializable(package="tests")
+    class Squared(L.Dense):
+        def call(self, inputs, training=None):
+            return super().call(inputs * inputs)
+
+    model = keras.Sequential([keras.Input((6,)), Squared(4, name="own"), L.Dense(2)])
+    rows = prune(model, 0.5, samples_for(model)).pruning_report.rows
+    assert {row.layer: row.renormalize for row in rows} == {"own": "L2", rows[-1].layer: "LeastSquares"}
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.ones((8, 7), "float32"), "wrong shape"),
+        (np.full((8, 6), np.inf, "float32"), "NaN or infinity"),
+        (np.ones((0, 6), "float32"), "no samples"),
+        (iter([]), "no samples"),
+        (iter([np.ones((4, 6)), np.full((4, 6), np.nan)]), "NaN or infinity"),
+        (np.full((8, 6), 3e38, "float32"), "gets or gives NaN or infinity for the samples"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_bad_samples_leave_the_model_alone(samples, message):
+    model = keras.Sequential([keras.Input((6,)), L.Dense(5, "relu"), L.Dense(3)])
+    before = [weight.copy() for weight in model.get_weights()]
+    with pytest.raises(ValueError, match=message):
+        kr.prune(model, 0.5, calibration=samples, verbose=0)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert "call" not in model.layers[0].__dict__
+
+
+def test_wrong_verbose():
+    with pytest.raises(ValueError, match="`verbose` must be one of"):
+        kr.prune(keras.Sequential([keras.Input((4,)), L.Dense(3)]), 0.5, calibration=np.ones((8, 4)), verbose="loud")
+
+
+def test_mixed_precision_and_compiled_models():
+    inputs = keras.Input((6,))
+    x = L.Dense(8, "relu", dtype="mixed_bfloat16")(inputs)
+    model = keras.Model(inputs, L.Dense(3, dtype="float32")(x))
+    model.compile("sgd", "mse")
+    samples = samples_for(model)
+    pruned = prune(model, 0.5, samples)
+    assert pruned.compiled
+    assert {row.renormalize for row in pruned.pruning_report.rows} == {"LeastSquares"}
+    assert distance(model, pruned, samples) < distance(model, kr.prune(model, 0.5, renormalize=None), samples)
+
+
+def test_own_layers_between(generator):
+    model = keras.Sequential([keras.Input((6,)), Scaled(6), L.Dense(4, name="last")])
+    pruned = prune(model, {"last": 0.5}, samples_for(model))
+    assert find_kernels(pruned.layers[0])
+    assert pruned.pruning_report.rows[0].error_after < 0.5
