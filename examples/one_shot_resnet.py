@@ -40,17 +40,17 @@ def block(x, filters, strides=1):
     shortcut = x
     if strides > 1 or x.shape[-1] != filters:
         shortcut = keras.layers.Conv2D(filters, 1, strides, use_bias=False)(x)
-        shortcut = keras.layers.BatchNormalization()(shortcut)
+        shortcut = keras.layers.BatchNormalization(momentum=0.9)(shortcut)
     x = keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)
-    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
-    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x))
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9)(x))
+    x = keras.layers.BatchNormalization(momentum=0.9)(keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x))
     return keras.layers.ReLU()(keras.layers.Add()([x, shortcut]))
 
 
 def residual_network(shape, classes):
     inputs = keras.Input(shape)
     x = keras.layers.Conv2D(16, 3, padding="same", use_bias=False)(inputs)
-    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9)(x))
     for filters, strides in ((16, 1), (32, 2), (64, 2)):
         x = block(block(x, filters, strides), filters)
     x = keras.layers.GlobalAveragePooling2D()(x)

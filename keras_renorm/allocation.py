@@ -30,6 +30,11 @@ def erk(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
     return keep * sides / sides.sum()
 
 
+def balanced(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
+    """The mean of `uniform` and `erk`: small kernels keep more than large ones, but not all that `erk` spares for them."""
+    return (uniform(kernels, keep) + erk(kernels, keep)) / 2
+
+
 def global_(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
     """One threshold on the magnitude over all kernels."""
     return _above_threshold([np.abs(kernel).reshape(-1) for kernel in kernels], keep)
@@ -58,7 +63,7 @@ def _above_threshold(scores: list[np.ndarray], keep: float) -> np.ndarray:
     return counts + tied * (keep - counts.sum()) / tied.sum()
 
 
-KNOWN = {"uniform": uniform, "global": global_, "erk": erk, "lamp": lamp}
+KNOWN = {"uniform": uniform, "global": global_, "erk": erk, "balanced": balanced, "lamp": lamp}
 
 
 def get(identifier: Any) -> Callable:
@@ -70,14 +75,14 @@ def get(identifier: Any) -> Callable:
 
 
 def allocate(
-    kernels: Sequence[np.ndarray], sparsity: float, allocation: str | Callable = "erk", most: float = 1.0
+    kernels: Sequence[np.ndarray], sparsity: float, allocation: str | Callable = "balanced", most: float = 1.0
 ) -> list[float]:
     """The sparsity of each kernel, so that together they lose exactly `round(sparsity * weights)` weights.
 
     Args:
         kernels: the arrays to prune.
         sparsity: fraction of all their weights to remove, in [0, 1).
-        allocation: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, or a callable `(kernels, keep) -> counts`.
+        allocation: `"uniform"`, `"global"`, `"erk"`, `"balanced"`, `"lamp"`, or a callable `(kernels, keep) -> counts`.
         most: sparsity that no kernel can exceed, as a pattern may demand. Every kernel keeps a weight at least.
 
     Returns:

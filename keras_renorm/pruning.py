@@ -31,7 +31,7 @@ def prune(
     criterion: Any = "auto",
     pattern: Any = "unstructured",
     group: str = "layer",
-    allocation: Any = "erk",
+    allocation: Any = "balanced",
     renormalize: Any = "auto",
     calibration: Any = None,
     layers: Any = None,
@@ -55,8 +55,8 @@ def prune(
             `"activation"`, `"obs"` and `"admm"`. `"auto"` is `"admm"` with samples, else `"magnitude"`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance.
         group: `"layer"` or `"unit"`: which weights compete with each other.
-        allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, or a callable
-            (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
+        allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
+            mean of uniform and erk), or a callable (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
         renormalize: `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning; with samples also `"moments"` and `"lstsq"`.
             `"auto"` is `"lstsq"` with samples, else the data-free one that measures best: `L2()` with `group="unit"`,
             `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, separable, your own

@@ -39,6 +39,11 @@ def test_erk_by_hand():
     assert allocate([np.ones((2, 10)), np.ones((100, 100))], 0.5, "erk") == [0.0, 1 - (5010 - 20) / 10000]
 
 
+def test_balanced_by_hand():
+    # The mean of 160 and 40 (uniform) with 123.08 and 76.92 (erk).
+    assert allocate([np.ones((40, 40)), np.ones((40, 10))], 0.9, "balanced") == [1 - 142 / 1600, 1 - 58 / 400]
+
+
 def test_global_by_hand():
     one, two = np.array([[9.0, -8.0, 1.0, 2.0]]), np.array([[3.0, 0.5, 0.1, 7.0]])
     assert allocate([one, two], 0.5, "global") == [0.5, 0.5]
