@@ -121,7 +121,7 @@ def main():
             dense = accuracy(model, *held_out)
             for group in ("layer", "unit"):
                 for label, renormalize in RENORMALIZERS.items():
-                    how = dict(layers=layers, group=group, renormalize=renormalize)
+                    how = dict(layers=layers, group=group, renormalize=renormalize, allocation="uniform")
                     accuracies = [accuracy(kr.prune(model, sparsity, **how), *held_out) for sparsity in SPARSITIES]
                     rows.append(dict(network=network, group=group, renormalize=label, dense=dense, accuracies=accuracies))
                     print(rows[-1], flush=True)

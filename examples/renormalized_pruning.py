@@ -81,7 +81,7 @@ def experiment(name, data_dir, seed, epochs):
     settings = {
         f"{name}, first layer, group='unit'": dict(layers="hidden_1", group="unit"),
         f"{name}, first layer, group='layer'": dict(layers="hidden_1"),
-        f"{name}, all layers but the last": dict(layers="hidden_*"),
+        f"{name}, all layers but the last": dict(layers="hidden_*", allocation="erk"),
     }
     for setting, where in settings.items():
         for way, how in WAYS.items():
@@ -132,8 +132,9 @@ def main():
     for name in arguments.dataset:
         rows = []
         for seed in range(arguments.seeds):
-            rows += experiment(name, arguments.data_dir, seed, arguments.epochs)
-            curves.save(OUT / f"renormalized_pruning_{name}.json", rows)
+            for row in experiment(name, arguments.data_dir, seed, arguments.epochs):
+                rows.append(row)
+                curves.save(OUT / f"renormalized_pruning_{name}.json", rows)
         print("\n" + curves.table(rows, SPARSITIES), flush=True)
         curves.picture(rows, SPARSITIES, OUT / f"renormalized_pruning_{name}.png")
 
