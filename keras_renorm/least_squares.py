@@ -76,7 +76,8 @@ def _conjugate_gradients(left, right, mask, start, tolerance=3e-3, most_iteratio
         step = squares / np.maximum(np.sum(direction * product, axis=0), np.finfo(np.float32).tiny)
         x += step * direction
         r -= step * product
-        before, squares = squares, np.sum(r**2, axis=0)
+        # A unit that is solved exactly, such as one with a single input, has nothing left to divide by.
+        before, squares = np.maximum(squares, np.finfo(np.float32).tiny), np.sum(r**2, axis=0)
         direction = r + squares / before * direction
         going = squares > enough[active]
         if np.count_nonzero(going) < 0.8 * len(active):
