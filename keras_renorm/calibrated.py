@@ -162,6 +162,10 @@ def _treat(site: Site, moments: Moments, rule: Rule) -> LayerReport:
     fitted, new_bias = kept, bias
     if isinstance(rule.renormalize, CalibratedRenormalizer):
         fitted = np.where(mask, rule.renormalize(matrix, mask, moments), 0)
+        if not np.isfinite(fitted).all():
+            raise ValueError(
+                f"Renormalizer {rule.renormalize!r} gave NaN or infinity for layer '{site.dense.name}'. Nothing was changed."
+            )
         if site.has_intercept:
             new_bias = moments.intercept(fitted)
     elif rule.renormalize is not None:

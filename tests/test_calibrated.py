@@ -328,6 +328,16 @@ def test_bad_samples_leave_the_model_alone(samples, message):
     assert "call" not in model.layers[0].__dict__
 
 
+def test_a_renormalizer_that_gives_nan():
+    class Broken(kr.renorm.CalibratedRenormalizer):
+        def __call__(self, matrix, mask, moments):
+            return np.full(matrix.shape, np.nan)
+
+    model = keras.Sequential([keras.Input((6,)), L.Dense(5, name="a"), L.Dense(3)])
+    with pytest.raises(ValueError, match=r"Renormalizer Broken\(\) gave NaN or infinity for layer 'a'. Nothing was changed"):
+        prune(model, 0.5, samples_for(model), renormalize=Broken())
+
+
 def test_wrong_verbose():
     with pytest.raises(ValueError, match="`verbose` must be one of"):
         kr.prune(keras.Sequential([keras.Input((4,)), L.Dense(3)]), 0.5, calibration=np.ones((8, 4)), verbose="loud")
