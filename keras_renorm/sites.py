@@ -203,7 +203,8 @@ def _join_sums(sites: list[Site], sums: dict, makers: dict[int, Site], calls: li
         if id(call.layer) not in sums:
             continue
         made = [makers.get(id(tensor)) for tensor in call.inputs]
-        if sum(other.layer is call.layer for other in calls) > 1:
+        broadcast = len({tuple(tensor.shape) for tensor in call.inputs}) > 1
+        if broadcast or sum(other.layer is call.layer for other in calls) > 1:
             continue
         last = max((site for site in made if id(site) in order), key=lambda site: order[id(site)], default=None)
         if last is not None and last.calls == 1 and made.count(last) == 1 and last.sum is None and not last.is_normalization:

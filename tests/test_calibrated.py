@@ -215,6 +215,16 @@ def test_a_sum_makes_up_for_what_its_other_operands_lost():
     assert distance(model, pruned, samples) < 0.5 * distance(model, plain, samples)
 
 
+def test_a_sum_that_broadcasts_is_left_alone():
+    inputs = keras.Input((6, 6, 4))
+    gate = L.Conv2D(4, 1)(L.GlobalAveragePooling2D(keepdims=True)(L.ReLU()(L.Conv2D(4, 1)(inputs))))
+    model = keras.Model(inputs, L.Conv2D(3, 1)(L.Add()([gate, L.Conv2D(4, 3, padding="same")(inputs)])))
+    samples = samples_for(model, 64)
+    assert distance(model, prune(model, 0.5, samples), samples) < distance(
+        model, kr.prune(model, 0.5, renormalize=None), samples
+    )
+
+
 def test_report():
     model = keras.Sequential([keras.Input((8,)), L.Dense(8, "relu", name="a"), L.Dense(4, name="b")])
     report = prune(model, 0.5, samples_for(model)).pruning_report
