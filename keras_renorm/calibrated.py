@@ -20,6 +20,7 @@ from keras_renorm import masks, patterns
 from keras_renorm.calibration import Call, Passes, Samples, observe
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
+from keras_renorm.layers.kernels import name_within
 from keras_renorm.moments import Accumulator, Moments
 from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, describe, growth
@@ -178,9 +179,10 @@ def _treat(site: Site, moments: Moments, rule: Rule) -> LayerReport:
         mean = mean + new_bias
     if site.normalization is not None:
         _adjust(site.normalization[1], mean, moments.output_power(fitted), moments)
+    layer = site.target.layer if site.target else site.pruned
     return LayerReport(
-        layer=site.pruned.name,
-        kernel=kernel.name,
+        layer=layer.name,
+        kernel=name_within(kernel, layer),
         weights=matrix.size,
         kept=int(np.count_nonzero(mask)),
         criterion="-" if site.target is None else describe(rule.criterion),

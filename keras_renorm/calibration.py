@@ -50,8 +50,8 @@ class Samples:
                 f"Received: calibration={data!r}."
             )
         if leaves and all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in leaves):
-            self._read = lambda: _slices(self._check(keras.tree.map_structure(_to_numpy, data)), batch_size)
-            self._check(keras.tree.map_structure(_to_numpy, data))
+            arrays = self._check(keras.tree.map_structure(_to_numpy, data))
+            self._read = lambda: _slices(arrays, batch_size)
         elif isinstance(data, keras.utils.PyDataset):
             self._read = lambda: map(self._x, (data[index] for index in range(data.num_batches)))
         elif hasattr(data, "__iter__") and leaves and not isinstance(data, (str, bytes, list, tuple, dict)):

@@ -18,7 +18,7 @@ from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, st
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.events import prune_kernel
 from keras_renorm.graph import walk_back
-from keras_renorm.layers.kernels import find_kernels
+from keras_renorm.layers.kernels import find_kernels, name_within
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, PruningReport, describe, growth
@@ -193,7 +193,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     variable.assign(kept * scale)
     return LayerReport(
         layer=target.layer.name,
-        kernel=variable.path.removeprefix(f"{target.layer.path}/"),
+        kernel=name_within(variable, target.layer),
         weights=mask.size,
         kept=int(np.count_nonzero(mask)),
         criterion=describe(criterion),

@@ -126,8 +126,13 @@ class CalibratedRenormalizer(Renormalizer):
 class MatchMoments(CalibratedRenormalizer):
     """Give each unit's pre-activation the mean and the standard deviation that it had: one scale a unit, and a new bias.
 
+    Source: this library's own; beyond M. Rawson's paper, whose scales see no data.
+
     Args:
         max_scale: upper bound of a scale, or `None`. It must be at least 1.
+
+    Raises:
+        ValueError: if `max_scale` is below 1.
     """
 
     def __init__(self, max_scale: float | None = None):
@@ -146,9 +151,15 @@ class MatchMoments(CalibratedRenormalizer):
 class LeastSquares(CalibratedRenormalizer):
     """Refit the survivors: least squares of the dense unit's pre-activation on the kept inputs, with intercept.
 
+    Source: least squares on second moments as in SparseGPT (arXiv 2301.00774) and ALPS (arXiv 2406.07831); that the inputs come
+    from the pruned layers before and the targets from the dense model is this library's own.
+
     Args:
         ridge: strength of the pull toward the old weights, as a share of the inputs' mean second moment. It keeps the fit
             finite where there are fewer samples than inputs.
+
+    Raises:
+        ValueError: if `ridge` is not positive.
     """
 
     compensates = True

@@ -16,7 +16,7 @@ class LayerReport:
 
     Args:
         layer: name of the layer.
-        kernel: path of the kernel.
+        kernel: path of the kernel below that layer.
         weights: how many there are.
         kept: how many are left.
         criterion: what chose them, or `"-"` for a layer that was only refitted because pruned ones come before it.
@@ -44,10 +44,9 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class PruningReport:
-    """What `keras_renorm.prune` did. Printing it shows a table; `rows` and `notes` are the data."""
+    """What `keras_renorm.prune` did. Printing it shows a table; `rows` are the data."""
 
     rows: tuple[LayerReport, ...]
-    notes: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -71,7 +70,7 @@ class PruningReport:
             )
             for row in self.rows
         ]
-        return "\n".join([format_table(header, cells, right=(2, 3, 4, 8, 9)), *self.notes])
+        return format_table(header, cells, right=(2, 3, 4, 8, 9))
 
     __repr__ = __str__
 

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_renorm import validation
 from keras_renorm.conversion import never_pruned, outermost_layers
-from keras_renorm.layers.kernels import find_kernels
+from keras_renorm.layers.kernels import find_kernels, name_within
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 from keras_renorm.tables import format_table
 
@@ -109,13 +109,9 @@ def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:
     scale = ops.convert_to_numpy(kernel.scale)
     kept = int(np.count_nonzero(ops.convert_to_numpy(kernel.mask)))
     limits = (float(scale.min()), float(scale.max()))
-    return Row(layer.name, _name(kernel, layer), repr(part.pattern), kernel.size, kept, limits)
+    return Row(layer.name, name_within(kernel.variable, layer), repr(part.pattern), kernel.size, kept, limits)
 
 
 def _plain_row(layer: keras.Layer, kernel) -> Row:
     kept = int(np.count_nonzero(ops.convert_to_numpy(kernel.variable)))
-    return Row(layer.name, _name(kernel, layer), "-", kernel.size, kept, (1.0, 1.0))
-
-
-def _name(kernel, layer: keras.Layer) -> str:
-    return kernel.variable.path.removeprefix(f"{layer.path}/")
+    return Row(layer.name, name_within(kernel.variable, layer), "-", kernel.size, kept, (1.0, 1.0))

@@ -25,6 +25,11 @@ class Kernel:
         return size
 
 
+def name_within(variable: keras.Variable, layer: keras.Layer) -> str:
+    """The path of a variable below a layer that it is in."""
+    return variable.path.removeprefix(f"{layer.path}/")
+
+
 def _last_axis_is_units(*attributes: str) -> Callable:
     def find(layer):
         return [
