@@ -1,6 +1,6 @@
 """Prune Keras models and give them their accuracy back."""
 
-from keras_renorm import callbacks, criteria, export, layers, patterns, renorm, schedules
+from keras_renorm import callbacks, criteria, export, layers, methods, optimizers, patterns, renorm, schedules
 from keras_renorm.conversion import strip, to_prunable
 from keras_renorm.export import export_tflite
 from keras_renorm.pruning import prune
@@ -16,6 +16,8 @@ __all__ = [
     "export",
     "export_tflite",
     "layers",
+    "methods",
+    "optimizers",
     "patterns",
     "prune",
     "renorm",

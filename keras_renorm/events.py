@@ -48,20 +48,46 @@ def prune_kernel(
     Raises:
         ValueError: if a kept weight is NaN or infinite.
     """
-    if kernel.dtype not in (np.float32, np.float64):
-        # Norms of half-precision kernels overflow, underflow and stall.
-        kernel = kernel.astype(np.float32)
+    kernel, current = current_kernel(kernel, mask, scale, description)
     scaled = kernel if np.all(np.equal(scale, 1)) else kernel * scale
     pruned_before = mask is not None and not mask.all()
-    current = np.where(mask, scaled, 0) if pruned_before else scaled
-    validation.check_finite(current, description)
     scores = score(criterion, scaled if regrow else current)
     new_mask = masks.compute_mask(
         scores, sparsity, pattern, group, input_axes, mask=mask if pruned_before and not regrow else None, read=read
     )
-    if renormalize is not None:
-        scale = _check_scale(renormalize(current, np.where(new_mask, kernel, 0), input_axes), renormalize, kernel, input_axes)
-    return new_mask, scale
+    return new_mask, new_scale(kernel, current, new_mask, scale, renormalize, input_axes)
+
+
+def current_kernel(
+    kernel: np.ndarray, mask: np.ndarray | None, scale: Any, description: str = "The kernel"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel in a precision to compute with, and what a layer computes with: masked and scaled.
+
+    Raises:
+        ValueError: if a kept weight is NaN or infinite.
+    """
+    if kernel.dtype not in (np.float32, np.float64):
+        # Norms of half-precision kernels overflow, underflow and stall.
+        kernel = kernel.astype(np.float32)
+    current = kernel if np.all(np.equal(scale, 1)) else kernel * scale
+    if mask is not None and not mask.all():
+        current = np.where(mask, current, 0)
+    validation.check_finite(current, description)
+    return kernel, current
+
+
+def new_scale(
+    kernel: np.ndarray,
+    current: np.ndarray,
+    new_mask: np.ndarray,
+    scale: Any,
+    renormalize: Callable | None,
+    input_axes: tuple[int, ...],
+) -> Any:
+    """The scales that go with a new mask, for a kernel as `current_kernel` gives it."""
+    if renormalize is None:
+        return scale
+    return _check_scale(renormalize(current, np.where(new_mask, kernel, 0), input_axes), renormalize, kernel, input_axes)
 
 
 def _check_scale(scale: Any, renormalize: Callable, kernel: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm import serialization
+from keras_renorm.optimizers.wrapper import OptimizerWrapper
+
+
+@serialization.register
+class Recorder(OptimizerWrapper):
+    """Adds up gradient magnitudes and remembers where weights started, while another optimizer trains.
+
+    It has a number for every trainable weight of rank two or more, for each of the two: a slot variable of the optimizer,
+    saved with a compiled model. `keras_renorm.methods` put it on and take it off themselves.
+
+    Args:
+        optimizer: the optimizer that trains: an instance, a name or a config.
+        gradients: whether to add up `|gradient|`.
+        start: whether to remember the value of each weight when recording began.
+        name: the wrapper's name.
+
+    Attributes:
+        epochs: integer variable, for whoever reads the records to note how many epochs they have read.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
+    >>> recorder = kr.optimizers.Recorder("sgd")
+    >>> model.compile(recorder, "mse")
+    >>> history = model.fit(np.array([[1.0, 2.0]]), np.array([[2.0]]), epochs=1, verbose=0)
+    >>> recorder.gradient(model.layers[0].kernel).ravel().tolist()
+    [2.0, 4.0]
+    >>> recorder.start(model.layers[0].kernel).ravel().tolist()
+    [1.0, 1.0]
+    """
+
+    def __init__(self, optimizer: Any, gradients: bool = True, start: bool = True, name: str | None = None):
+        super().__init__(optimizer, name=name)
+        self.records_gradients, self.records_start = gradients, start
+
+    def build(self, variables):
+        super().build(variables)
+        self.epochs = self.add_variable((), dtype="int", aggregation="only_first_replica", name="epochs")
+        self._gradients = self._start = None
+        if self.records_gradients:
+            self._gradients = [self._add_slot(variable, "gradient") for variable in variables]
+        if self.records_start:
+            self._start = [self._add_slot(variable, "start", _copy_of(variable)) for variable in variables]
+
+    def _add_slot(self, variable, name, initializer="zeros"):
+        if len(variable.shape) < 2:
+            return None
+        if keras.backend.standardize_dtype(variable.dtype) in ("float16", "bfloat16"):
+            # A sum of many small numbers would stall.
+            name = f"{variable.path.replace('/', '_')}_{name}"
+            return self.add_variable(variable.shape, initializer, dtype="float32", name=name)
+        return self.add_variable_from_reference(variable, name, initializer)
+
+    def update_step(self, gradient, variable, learning_rate):
+        slot = self._gradients and self._gradients[self._get_variable_index(variable)]
+        if slot is not None:
+            self.assign_add(slot, ops.cast(ops.abs(gradient), slot.dtype))
+
+    def gradient(self, variable: keras.Variable) -> np.ndarray:
+        """The sum of `|gradient|` over the batches since the last `reset_gradients()`."""
+        return ops.convert_to_numpy(self._gradients[self._get_variable_index(variable)])
+
+    def start(self, variable: keras.Variable) -> np.ndarray:
+        """The value that a weight had at the last `reset_start()`."""
+        return ops.convert_to_numpy(self._start[self._get_variable_index(variable)])
+
+    def reset_gradients(self) -> None:
+        """Begin the sums anew."""
+        for slot in self._gradients or ():
+            if slot is not None:
+                slot.assign(ops.zeros_like(slot))
+
+    def reset_start(self) -> None:
+        """Take the present values of the weights as their start."""
+        for slot, variable in zip(self._start or (), self._trainable_variables):
+            if slot is not None:
+                slot.assign(ops.cast(ops.copy(variable), slot.dtype))
+
+    def load_own_variables(self, store):
+        if len(store.keys()) == len(self.inner_optimizer.variables):
+            # Saved before the recorder was put on, or after it was taken off.
+            self.inner_optimizer.load_own_variables(store)
+        else:
+            super().load_own_variables(store)
+
+    def get_config(self):
+        return {**super().get_config(), "gradients": self.records_gradients, "start": self.records_start}
+
+
+def _copy_of(variable: keras.Variable) -> Callable:
+    return lambda shape, dtype=None: ops.cast(ops.copy(variable), dtype)

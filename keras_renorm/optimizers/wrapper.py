@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_renorm import validation
+
+
+class OptimizerWrapper(keras.optimizers.Optimizer):
+    """Base class of optimizers that do something with each gradient before another optimizer takes its step.
+
+    A subclass defines `update_step(gradient, variable, learning_rate)`, which sees what `keras.optimizers.Optimizer.update_step`
+    sees: the gradient of the loss, summed over replicas and without loss scale, before clipping and accumulation.
+
+    Args:
+        optimizer: the optimizer that trains: an instance, a name or a config.
+        name: the wrapper's name.
+    """
+
+    def __init__(self, optimizer: Any, name: str | None = None):
+        validation.refuse_legacy_keras(optimizer, "optimizer")
+        optimizer = keras.optimizers.get(optimizer)
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                f"Argument `optimizer` scales the loss, so its gradients are not those of the loss. Received: optimizer="
+                f"{optimizer}. Wrap the other way round: `LossScaleOptimizer({type(self).__name__}(inner_optimizer))`."
+            )
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = optimizer
+
+    def build(self, variables):
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        super().build(variables)
+
+    @property
+    def variables(self):
+        return self._variables + self.inner_optimizer.variables
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(list(trainable_variables))
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        scale = self.inner_optimizer.loss_scale_factor or 1.0
+        seen = [
+            (ops.convert_to_tensor(gradient) / scale, variable)
+            for gradient, variable in zip(grads, variables)
+            if gradient is not None and not self._overwrite_variable_with_gradient(variable)
+        ]
+        if seen:
+            self._backend_update_step(*zip(*seen), self.learning_rate)
+        self.inner_optimizer.apply(grads, trainable_variables)
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def get_config(self):
+        return {"optimizer": keras.saving.serialize_keras_object(self.inner_optimizer), "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        optimizer = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects)
+        return cls(**{**config, "optimizer": optimizer})
