@@ -21,7 +21,8 @@ ROOMS = [
     ["calibration", "conversion", "graph"],
     ["sites"],
     ["calibrated"],
-    ["pruning", "summary", "callbacks"],
+    ["pruning", "summary", "callbacks", "optimizers"],
+    ["methods"],
     ["export"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -62,6 +63,8 @@ def test_public_surface():
         "export",
         "export_tflite",
         "layers",
+        "methods",
+        "optimizers",
         "patterns",
         "prune",
         "renorm",

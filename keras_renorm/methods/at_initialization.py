@@ -44,8 +44,8 @@ class Search(keras.callbacks.Callback):
         self.allocation = allocations.get(allocation)
         self.after = after
 
-    def select(self, places: list[Place], epoch: int) -> list[np.ndarray]:
-        """The mask of each kernel, at the end of epoch `epoch` (from 0) of this phase."""
+    def select(self, place: Place, sparsity: float | None, epoch: int) -> np.ndarray:
+        """The mask of a kernel at the end of epoch `epoch` (from 0) of this phase."""
         raise NotImplementedError
 
     def log(self, logs: dict) -> None:
@@ -112,8 +112,14 @@ class Search(keras.callbacks.Callback):
         model = self.model
         if epoch < self.total_epochs:
             phase, first = self._phase_at(epoch)
-            places = list(_places(model, self._recorder))
-            _assign(places, phase.select(places, epoch - first))
+            updates = [
+                place.update(phase.select(place, sparsity, epoch - first))
+                for place, sparsity in phase.tasks(model, self._recorder)
+            ]
+            # Only now is anything changed: a kernel that has become NaN leaves the model as it was.
+            for masked, mask, scale in updates:
+                masked.mask.assign(mask)
+                masked.scale.assign(np.reshape(scale, masked.scale.shape))
             phase.log(logs)
             if self._recorder:
                 self._recorder.epochs.assign(epoch + 1)
@@ -142,10 +148,16 @@ class Search(keras.callbacks.Callback):
             _take_recorder_off(self.model)
             self._recorder = None
 
-    def _sparsities(self, places: list[Place]) -> list[float]:
-        kernels = [place.kernel for place in places]
-        most = min(place.layer.pattern.most for place in places)
-        return allocations.allocate(kernels, self.sparsity, self.allocation, most=most)
+    def tasks(self, model: keras.Model, recorder: Recorder | None) -> Iterator[tuple[Place, float | None]]:
+        """Every kernel of the model with the sparsity that it is to have in the end, one kernel at a time in memory."""
+        kernels = [(layer, masked) for layer in masked_layers(model) for masked in layer.masked_kernels]
+        sparsities = [None] * len(kernels)
+        if self.sparsity is not None:
+            values = [ops.convert_to_numpy(masked.variable) for _, masked in kernels]
+            most = min(layer.pattern.most for layer, _ in kernels)
+            sparsities = allocations.allocate(values, self.sparsity, self.allocation, most=most)
+        for index, ((layer, masked), sparsity) in enumerate(zip(kernels, sparsities)):
+            yield Place(layer, masked, index, recorder), sparsity
 
 
 class DissipatingGradients(Search):
@@ -205,13 +217,11 @@ class DissipatingGradients(Search):
         self.fraction = fraction
         self.movement = validation.check_choice(movement, MOVEMENT, "movement")
 
-    def select(self, places, epoch):
-        movements = [self._movement(place) for place in places]
+    def select(self, place, sparsity, epoch):
+        movement = self._movement(place)
         if self.fraction is None:
-            sparsities = [sparsity * (epoch + 1) / self.search_epochs for sparsity in self._sparsities(places)]
-        else:
-            sparsities = [self._dissipated(place, movement) for place, movement in zip(places, movements)]
-        return [place.best(movement, sparsity) for place, movement, sparsity in zip(places, movements, sparsities)]
+            return place.best(movement, sparsity * (epoch + 1) / self.search_epochs)
+        return place.best(movement, self._dissipated(place, movement))
 
     def _movement(self, place):
         moved, unit = np.abs(place.kernel - place.start), np.abs(place.start)
@@ -257,8 +267,9 @@ class KStarts(Search):
         seed: integer. The same seed draws the same candidates.
 
     Attributes:
-        history: list with a dict for each search epoch: `epoch`, and `fitness`: the fitness of each candidate of each kernel,
-            by the kernel's path, as a share of what all weights have; `best` is that of the mask that the epoch would choose.
+        history: list with a dict for each search epoch, by the path of the kernel: `candidates`, the fitness of each candidate
+            as a share of what all weights have together, and `best`, that of the mask which the epoch would choose. The logs
+            hold the mean of the latter as `fitness`.
 
     Raises:
         ValueError: as for `DissipatingGradients`.
@@ -312,59 +323,54 @@ class KStarts(Search):
                 layer.pattern.check(self.sparsity, "unit")
         self.history = []
 
-    def select(self, places, epoch):
-        last = epoch == self.search_epochs - 1
-        found = {}
-        new_masks = []
-        for index, (place, sparsity) in enumerate(zip(places, self._sparsities(places))):
-            fitness = self._fitness(place)
-            mask, shares = self._fittest(place, fitness, sparsity, index)
-            total = fitness[place.mask].sum(dtype=np.float64)
-            found[place.path] = dict(candidates=shares, best=float(fitness[mask].sum(dtype=np.float64) / total))
-            new_masks.append(mask if last else place.mask)
-        self.history.append(dict(epoch=len(self.history), fitness=found))
-        return new_masks
+    def on_epoch_end(self, epoch, logs=None):
+        self._found = {}
+        super().on_epoch_end(epoch, logs)
+
+    def select(self, place, sparsity, epoch):
+        fitness = self._fitness(place)
+        total = max(fitness.sum(dtype=np.float64), np.finfo(np.float32).tiny)
+        mask, sums = self._fittest(place, fitness, sparsity)
+        best = np.sum(fitness, where=mask, dtype=np.float64)
+        self._found[place.path] = dict(candidates=np.array(sums) / total, best=float(best / total))
+        return mask if epoch == self.search_epochs - 1 else place.mask
 
     def log(self, logs):
-        logs["fitness"] = float(np.mean([one["best"] for one in self.history[-1]["fitness"].values()]))
+        self.history.append(self._found)
+        logs["fitness"] = float(np.mean([one["best"] for one in self._found.values()]))
 
     def _fitness(self, place):
         parts = []
         if self.fitness != "gradient":
             parts.append(np.abs(place.current))
         if self.fitness != "magnitude":
-            parts.append(place.gradient)
-        # A zero total leaves every candidate equally fit.
-        parts = [part / max(part.mean(dtype=np.float64), np.finfo(np.float32).tiny) for part in parts]
-        return np.where(place.mask, sum(parts), 0)
+            parts.append(np.where(place.mask, place.gradient, 0))
+        if len(parts) == 1:
+            return parts[0]
+        return sum(part / max(part.mean(dtype=np.float64), np.finfo(np.float32).tiny) for part in parts)
 
-    def _fittest(self, place, fitness, sparsity, index):
-        total = max(fitness.sum(dtype=np.float64), np.finfo(np.float32).tiny)
-        group = "unit" if self.recombine == "unit" else place.layer.group
-        shares, result, result_fitness = [], np.zeros_like(place.mask), None
+    def _fittest(self, place, fitness, sparsity):
+        """The mask to choose, and the fitness of each candidate."""
+        by_unit = self.recombine == "unit"
+        axes = place.masked.input_axes if by_unit else None
+        chosen, highest, sums = np.zeros_like(place.mask), -np.inf, []
         for candidate in range(self.k):
-            draw = np.random.default_rng([self.seed, index, candidate]).random(fitness.shape, np.float32)
-            mask = place.best(draw, sparsity, group)
-            kept = np.where(mask, fitness, 0)
-            axes = place.masked.input_axes if self.recombine == "unit" else None
-            sums = kept.sum(axis=axes, dtype=np.float64, keepdims=True)
-            shares.append(float(sums.sum() / total))
-            if self.recombine == "weight":
-                result |= mask
-            else:
-                better = sums > (-np.inf if result_fitness is None else result_fitness)
-                result = np.where(better, mask, result)
-                result_fitness = sums if result_fitness is None else np.maximum(sums, result_fitness)
+            draw = np.random.default_rng([self.seed, place.index, candidate]).random(fitness.shape, np.float32)
+            mask = place.best(draw, sparsity, "unit" if by_unit else None)
+            value = np.sum(fitness, axis=axes, where=mask, dtype=np.float64, keepdims=True)
+            sums.append(float(value.sum()))
+            chosen = chosen | mask if self.recombine == "weight" else np.where(value > highest, mask, chosen)
+            highest = np.maximum(value, highest)
         if self.recombine == "weight":
-            result = place.best(fitness, sparsity, among=result)
-        return result, np.array(shares)
+            chosen = place.best(fitness, sparsity, among=chosen)
+        return chosen, sums
 
 
 class Place:
     """One kernel of a model, with what a search knows of it, as arrays."""
 
-    def __init__(self, layer: MaskedLayer, masked: MaskedKernel, recorder: Recorder | None):
-        self.layer, self.masked, self._recorder = layer, masked, recorder
+    def __init__(self, layer: MaskedLayer, masked: MaskedKernel, index: int, recorder: Recorder | None):
+        self.layer, self.masked, self.index, self._recorder = layer, masked, index, recorder
         self.path = masked.variable.path
         self.name = f"kernel '{self.path}' of layer '{layer.name}'"
         self.mask, self.scale = (ops.convert_to_numpy(variable) for variable in (masked.mask, masked.scale))
@@ -397,24 +403,12 @@ class Place:
             mask=self.mask if among is None else among,
         )
 
-
-def _places(model: keras.Model, recorder: Recorder | None) -> Iterator[Place]:
-    for layer in masked_layers(model):
-        for masked in layer.masked_kernels:
-            yield Place(layer, masked, recorder)
-
-
-def _assign(places: list[Place], new_masks: list[np.ndarray]) -> None:
-    """Set all masks and scales, after the last of them was computed without an error."""
-    scales = [
-        new_scale(place.kernel, place.current, mask, place.scale, place.layer.renormalize, place.masked.input_axes)
-        for place, mask in zip(places, new_masks)
-        if mask is not place.mask
-    ]
-    changed = [(place.masked, mask) for place, mask in zip(places, new_masks) if mask is not place.mask]
-    for (masked, mask), scale in zip(changed, scales):
-        masked.mask.assign(mask)
-        masked.scale.assign(np.reshape(scale, masked.scale.shape))
+    def update(self, mask: np.ndarray) -> tuple[MaskedKernel, np.ndarray, np.ndarray]:
+        """What to assign for the kernel to have a mask: the kernel, the mask and the scales that go with it."""
+        if mask is self.mask:
+            return self.masked, mask, self.scale
+        scale = new_scale(self.kernel, self.current, mask, self.scale, self.layer.renormalize, self.masked.input_axes)
+        return self.masked, mask, scale
 
 
 def _put_recorder_on(model: keras.Model, method: str, gradients: bool, start: bool) -> Recorder:

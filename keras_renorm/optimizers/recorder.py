@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -21,7 +20,7 @@ class Recorder(OptimizerWrapper):
     Args:
         optimizer: the optimizer that trains: an instance, a name or a config.
         gradients: whether to add up `|gradient|`.
-        start: whether to remember the value of each weight when recording began.
+        start: whether to remember the value of each weight when `reset_start()` was called last.
         name: the wrapper's name.
 
     Attributes:
@@ -36,8 +35,6 @@ class Recorder(OptimizerWrapper):
     >>> history = model.fit(np.array([[1.0, 2.0]]), np.array([[2.0]]), epochs=1, verbose=0)
     >>> recorder.gradient(model.layers[0].kernel).ravel().tolist()
     [2.0, 4.0]
-    >>> recorder.start(model.layers[0].kernel).ravel().tolist()
-    [1.0, 1.0]
     """
 
     def __init__(self, optimizer: Any, gradients: bool = True, start: bool = True, name: str | None = None):
@@ -51,16 +48,16 @@ class Recorder(OptimizerWrapper):
         if self.records_gradients:
             self._gradients = [self._add_slot(variable, "gradient") for variable in variables]
         if self.records_start:
-            self._start = [self._add_slot(variable, "start", _copy_of(variable)) for variable in variables]
+            self._start = [self._add_slot(variable, "start") for variable in variables]
 
-    def _add_slot(self, variable, name, initializer="zeros"):
+    def _add_slot(self, variable, name):
         if len(variable.shape) < 2:
             return None
         if keras.backend.standardize_dtype(variable.dtype) in ("float16", "bfloat16"):
             # A sum of many small numbers would stall.
             name = f"{variable.path.replace('/', '_')}_{name}"
-            return self.add_variable(variable.shape, initializer, dtype="float32", name=name)
-        return self.add_variable_from_reference(variable, name, initializer)
+            return self.add_variable(variable.shape, dtype="float32", name=name)
+        return self.add_variable_from_reference(variable, name)
 
     def update_step(self, gradient, variable, learning_rate):
         slot = self._gradients and self._gradients[self._get_variable_index(variable)]
@@ -72,14 +69,14 @@ class Recorder(OptimizerWrapper):
         return ops.convert_to_numpy(self._gradients[self._get_variable_index(variable)])
 
     def start(self, variable: keras.Variable) -> np.ndarray:
-        """The value that a weight had at the last `reset_start()`."""
+        """The value that each weight had at the last `reset_start()`; zero before."""
         return ops.convert_to_numpy(self._start[self._get_variable_index(variable)])
 
     def reset_gradients(self) -> None:
         """Begin the sums anew."""
         for slot in self._gradients or ():
             if slot is not None:
-                slot.assign(ops.zeros_like(slot))
+                slot.assign(ops.zeros(slot.shape, slot.dtype))
 
     def reset_start(self) -> None:
         """Take the present values of the weights as their start."""
@@ -97,6 +94,3 @@ class Recorder(OptimizerWrapper):
     def get_config(self):
         return {**super().get_config(), "gradients": self.records_gradients, "start": self.records_start}
 
-
-def _copy_of(variable: keras.Variable) -> Callable:
-    return lambda shape, dtype=None: ops.cast(ops.copy(variable), dtype)

@@ -11,8 +11,8 @@ from keras_renorm import validation
 class OptimizerWrapper(keras.optimizers.Optimizer):
     """Base class of optimizers that do something with each gradient before another optimizer takes its step.
 
-    A subclass defines `update_step(gradient, variable, learning_rate)`, which sees what `keras.optimizers.Optimizer.update_step`
-    sees: the gradient of the loss, summed over replicas and without loss scale, before clipping and accumulation.
+    A subclass defines `update_step(gradient, variable, learning_rate)`. The gradient is that of the loss, summed over replicas
+    and without loss scale, before the inner optimizer clips or accumulates it.
 
     Args:
         optimizer: the optimizer that trains: an instance, a name or a config.
@@ -46,13 +46,17 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         variables = self._trainable_variables if trainable_variables is None else trainable_variables
         scale = self.inner_optimizer.loss_scale_factor or 1.0
         seen = [
-            (ops.convert_to_tensor(gradient) / scale, variable)
+            (_dense(gradient, variable) / scale, variable)
             for gradient, variable in zip(grads, variables)
             if gradient is not None and not self._overwrite_variable_with_gradient(variable)
         ]
         if seen:
             self._backend_update_step(*zip(*seen), self.learning_rate)
         self.inner_optimizer.apply(grads, trainable_variables)
+
+    def __dir__(self):
+        # Keras saves every object that it finds here, and the inner optimizer's variables are saved with this one's.
+        return [name for name in super().__dir__() if name != "inner_optimizer"]
 
     @property
     def iterations(self):
@@ -79,3 +83,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         optimizer = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects)
         return cls(**{**config, "optimizer": optimizer})
+
+
+def _dense(gradient: Any, variable: keras.Variable) -> Any:
+    """On TensorFlow, the gradient of an embedding comes as slices, with a slice for every use of a row."""
+    return ops.add(ops.zeros(variable.shape, gradient.dtype), gradient) if hasattr(gradient, "indices") else gradient
