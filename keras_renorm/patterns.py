@@ -19,10 +19,12 @@ from keras_renorm import serialization
 class Pattern(serialization.Configurable):
     """Base class: cells are single weights and every one of them may be removed.
 
-    `most` is the highest sparsity that the pattern can give.
+    `most` is the highest sparsity that the pattern can give, `units_per_cell` how many units a cell spans (`None`: its
+    cells are the units themselves).
     """
 
     most = 1.0
+    units_per_cell = 1
 
     def cells(self, scores: np.ndarray) -> np.ndarray:
         """One score a cell, as a matrix with units last; `inf` marks a cell that always stays.
@@ -83,6 +85,10 @@ class Block(Pattern):
                 f"Argument `size` must be two positive integers `(inputs, units)`, such as (4, 1). Received: size={size!r}."
             )
         self.size = tuple(int(side) for side in size)
+
+    @property
+    def units_per_cell(self) -> int:
+        return self.size[1]
 
     def cells(self, scores):
         return self._reduce(np.add, super().cells(scores))
@@ -161,6 +167,8 @@ class NOfM(Pattern):
 @serialization.register
 class Unit(Pattern):
     """Whole units: columns of a Dense kernel, filters of a convolution. A unit's score is the sum of its weights' scores."""
+
+    units_per_cell = None
 
     def check(self, sparsity, group):
         if group == "unit":

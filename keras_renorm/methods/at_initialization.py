@@ -7,6 +7,7 @@ formulas were not; where it is silent, what measures best was taken (`docs/at_in
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 import warnings
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ class Search(keras.callbacks.Callback):
         gradients = any(phase.needs_gradients for phase in self.phases)
         start = any(phase.needs_start for phase in self.phases)
         self._recorder = _put_recorder_on(self.model, name, gradients, start) if gradients or start else None
-        self._first_epoch = True
+        self._first_epoch = self._searching = True
 
     def on_epoch_begin(self, epoch, logs=None):
         _ = self.model  # On JAX, brings the variables up to date.
@@ -129,7 +130,7 @@ class Search(keras.callbacks.Callback):
         logs["sparsity"] = 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
 
     def on_train_end(self, logs=None):
-        if self._recorder:
+        if self._searching:
             warnings.warn(
                 f"Training ended before the {self.total_epochs} search epochs of `{type(self).__name__}` were over: the masks "
                 "are not what they should become.",
@@ -144,6 +145,7 @@ class Search(keras.callbacks.Callback):
             first += phase.search_epochs
 
     def _finish(self) -> None:
+        self._searching = False
         if self._recorder:
             _take_recorder_off(self.model)
             self._recorder = None
@@ -262,7 +264,7 @@ class KStarts(Search):
         recombine: `"weight"` (default), the best mask that can be made of the candidates; `"unit"`, each unit takes the
             fittest of its `k` candidates; or `None`, one candidate for the whole kernel, the plain reading of the paper.
         after: what goes before: a `DissipatingGradients`, whose search epochs come first and among whose survivors candidates
-            are drawn, or `"dissipating_gradients"`, one epoch of it that leaves four times as many weights.
+            are drawn; or `"dissipating_gradients"`, one epoch of it. Both methods then remove the same share of what they find.
         allocation: how `sparsity` is divided among kernels, as in `keras_renorm.prune`.
         seed: integer. The same seed draws the same candidates.
 
@@ -298,8 +300,8 @@ class KStarts(Search):
         seed: int = 0,
     ):
         if after == "dissipating_gradients":
-            left = 4 * (1 - validation.check_sparsity(sparsity))
-            after = DissipatingGradients(max(0.0, 1 - left), search_epochs=1, allocation=allocation)
+            left = math.sqrt(1 - validation.check_sparsity(sparsity))
+            after = DissipatingGradients(1 - left, search_epochs=1, allocation=allocation)
         elif after is not None and not isinstance(after, DissipatingGradients):
             raise ValueError(
                 "Argument `after` must be a `DissipatingGradients`, 'dissipating_gradients' or `None`. Received: "
@@ -317,10 +319,14 @@ class KStarts(Search):
         return self.fitness != "magnitude"
 
     def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
         if self.recombine == "unit":
-            for layer in masked_layers(self.model):
-                layer.pattern.check(self.sparsity, "unit")
+            spanning = [layer.name for layer in masked_layers(self.model) if layer.pattern.units_per_cell != 1]
+            if spanning:
+                raise ValueError(
+                    f"Argument `recombine='unit'` cannot be used with layers {spanning}: cells of their patterns span several "
+                    "units. Pass `recombine='weight'`, the default."
+                )
+        super().on_train_begin(logs)
         self.history = []
 
     def on_epoch_end(self, epoch, logs=None):
@@ -386,6 +392,11 @@ class Place:
     def gradient(self) -> np.ndarray:
         """The sum of gradient magnitudes over the last epoch."""
         gradient = self._recorded("gradient")
+        if not gradient.any():
+            raise ValueError(
+                f"The optimizer recorded no gradient for {self.name}. Does the model's own `train_step` use another optimizer "
+                "than `model.optimizer`, or does nothing of the layer reach the loss?"
+            )
         validation.check_finite(gradient, f"The gradient of {self.name}")
         return gradient
 

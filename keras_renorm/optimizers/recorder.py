@@ -93,4 +93,3 @@ class Recorder(OptimizerWrapper):
 
     def get_config(self):
         return {**super().get_config(), "gradients": self.records_gradients, "start": self.records_start}
-
