@@ -51,12 +51,12 @@ def network(shape, classes):
     )
 
 
-def trained(train, seed, epochs):
+def trained(train, seed, epochs, learning_rate):
     keras.utils.set_random_seed(seed)
     images, labels = train
     model = network(images.shape[1:], int(labels.max()) + 1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
+    model.compile(keras.optimizers.SGD(learning_rate, momentum=0.9), loss)
     model.fit(images, labels, batch_size=128 if len(images) > 10_000 else 16, epochs=epochs, verbose=0)
     return model
 
@@ -72,20 +72,20 @@ def curve(model, test, samples, calibrated=False, **how):
     return [accuracy(kr.prune(model, sparsity, **how), test) for sparsity in SPARSITIES]
 
 
-def experiment(name, data_dir, seed, epochs):
+def experiment(name, seed, arguments):
     """Rows of accuracies: the first hidden layer for both groups, and all layers but the last."""
-    train, test = datasets.load(name, data_dir)
-    model = trained(train, seed, epochs)
+    train, test = datasets.load(name, arguments.data_dir)
+    model = trained(train, seed, arguments.epochs, arguments.learning_rate)
     samples = train[0][np.random.default_rng(seed).permutation(len(train[0]))[:SAMPLES]]
     dense = accuracy(model, test)
     settings = {
         f"{name}, first layer, group='unit'": dict(layers="hidden_1", group="unit"),
         f"{name}, first layer, group='layer'": dict(layers="hidden_1"),
-        f"{name}, all layers but the last": dict(layers="hidden_*", allocation="erk"),
+        f"{name}, all layers but the last": dict(layers="hidden_*"),
     }
     for setting, where in settings.items():
-        for way, how in WAYS.items():
-            accuracies = curve(model, test, samples, **where, **how)
+        for way in arguments.ways:
+            accuracies = curve(model, test, samples, **where, **WAYS[way])
             yield dict(setting=setting, way=way, seed=seed, dense=dense, accuracies=accuracies)
 
 
@@ -126,17 +126,20 @@ def main():
     datasets.add_arguments(parser, several=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--out", type=pathlib.Path, default=OUT, help="folder for pictures and data")
     arguments = parser.parse_args()
-    OUT.mkdir(exist_ok=True)
-    theorem(OUT / "renormalized_pruning_theorem.png")
+    arguments.out.mkdir(exist_ok=True)
+    theorem(arguments.out / "renormalized_pruning_theorem.png")
     for name in arguments.dataset:
         rows = []
         for seed in range(arguments.seeds):
-            for row in experiment(name, arguments.data_dir, seed, arguments.epochs):
+            for row in experiment(name, seed, arguments):
                 rows.append(row)
-                curves.save(OUT / f"renormalized_pruning_{name}.json", rows)
+                curves.save(arguments.out / f"renormalized_pruning_{name}.json", rows)
         print("\n" + curves.table(rows, SPARSITIES), flush=True)
-        curves.picture(rows, SPARSITIES, OUT / f"renormalized_pruning_{name}.png")
+        curves.picture(rows, SPARSITIES, arguments.out / f"renormalized_pruning_{name}.png")
 
 
 if __name__ == "__main__":

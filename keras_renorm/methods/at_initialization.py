@@ -361,8 +361,8 @@ class KStarts(Search):
         axes = place.masked.input_axes if by_unit else None
         chosen, highest, sums = np.zeros_like(place.mask), -np.inf, []
         for candidate in range(self.k):
-            draw = np.random.default_rng([self.seed, place.index, candidate]).random(fitness.shape, np.float32)
-            mask = place.best(draw, sparsity, "unit" if by_unit else None)
+            generator = np.random.default_rng([self.seed, place.index, candidate])
+            mask = place.best(generator.random(fitness.shape, np.float32), sparsity, "unit" if by_unit else None)
             value = np.sum(fitness, axis=axes, where=mask, dtype=np.float64, keepdims=True)
             sums.append(float(value.sum()))
             chosen = chosen | mask if self.recombine == "weight" else np.where(value > highest, mask, chosen)
