@@ -44,6 +44,13 @@ def check_sparsity(value: Any, argument: str = "sparsity") -> float:
     return float(value)
 
 
+def check_count(value: Any, argument: str) -> int:
+    """Return `value` if it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"Argument `{argument}` must be an integer of at least 1. Received: {argument}={value!r}.")
+    return int(value)
+
+
 def check_choice(value: Any, choices: tuple[str, ...], argument: str) -> str:
     """Return `value` if it is one of `choices`."""
     if value not in choices:

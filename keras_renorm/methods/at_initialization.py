@@ -41,7 +41,7 @@ class Search(keras.callbacks.Callback):
     def __init__(self, sparsity: float | None, search_epochs: int, allocation: Any, after: Search | None = None):
         super().__init__()
         self.sparsity = None if sparsity is None else validation.check_sparsity(sparsity)
-        self.search_epochs = _check_count(search_epochs, "search_epochs")
+        self.search_epochs = validation.check_count(search_epochs, "search_epochs")
         self.allocation = allocations.get(allocation)
         self.after = after
 
@@ -308,7 +308,7 @@ class KStarts(Search):
                 f"after={after!r}."
             )
         super().__init__(sparsity, search_epochs, allocation, after)
-        self.k = _check_count(k, "k")
+        self.k = validation.check_count(k, "k")
         self.fitness = validation.check_choice(fitness, FITNESS, "fitness")
         self.recombine = validation.check_choice(recombine, RECOMBINE, "recombine")
         self.seed = seed
@@ -471,9 +471,3 @@ def _replace_optimizer(model: keras.Model, old: Any, new: Any) -> None:
 def _distribution_scope(model: keras.Model) -> contextlib.AbstractContextManager:
     strategy = getattr(model, "distribute_strategy", None)
     return strategy.scope() if strategy else contextlib.nullcontext()
-
-
-def _check_count(value: Any, argument: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"Argument `{argument}` must be an integer of at least 1. Received: {argument}={value!r}.")
-    return int(value)

@@ -59,8 +59,14 @@ class Recorder(OptimizerWrapper):
             return self.add_variable(variable.shape, dtype="float32", name=name)
         return self.add_variable_from_reference(variable, name)
 
+    def before_step(self, gradients, variables):
+        if gradients and self.records_gradients:
+            # The way of Keras' own optimizers: under `tf.distribute` it sums over replicas first.
+            self._backend_update_step(gradients, variables, self.learning_rate)
+        return gradients
+
     def update_step(self, gradient, variable, learning_rate):
-        slot = self._gradients and self._gradients[self._get_variable_index(variable)]
+        slot = self._gradients[self._get_variable_index(variable)]
         if slot is not None:
             self.assign_add(slot, ops.cast(ops.abs(gradient), slot.dtype))
 

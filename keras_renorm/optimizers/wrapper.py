@@ -9,10 +9,7 @@ from keras_renorm import validation
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer):
-    """Base class of optimizers that do something with each gradient before another optimizer takes its step.
-
-    A subclass defines `update_step(gradient, variable, learning_rate)`. The gradient is that of the loss, summed over replicas
-    and without loss scale, before the inner optimizer clips or accumulates it.
+    """Base class of optimizers that do something with the gradients before another optimizer takes its step.
 
     Args:
         optimizer: the optimizer that trains: an instance, a name or a config.
@@ -43,16 +40,26 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
-        variables = self._trainable_variables if trainable_variables is None else trainable_variables
-        scale = self.inner_optimizer.loss_scale_factor or 1.0
-        seen = [
-            (_dense(gradient, variable) / scale, variable)
-            for gradient, variable in zip(grads, variables)
-            if gradient is not None and not self._overwrite_variable_with_gradient(variable)
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        known = [
+            index
+            for index, gradient in enumerate(grads)
+            if gradient is not None and not self._overwrite_variable_with_gradient(variables[index])
         ]
-        if seen:
-            self._backend_update_step(*zip(*seen), self.learning_rate)
+        scale, grads = self.inner_optimizer.loss_scale_factor or 1.0, list(grads)
+        seen = [_dense(grads[index], variables[index]) / scale for index in known]
+        for index, gradient in zip(known, self.before_step(seen, [variables[index] for index in known])):
+            grads[index] = gradient * scale
         self.inner_optimizer.apply(grads, trainable_variables)
+
+    def before_step(self, gradients: list, variables: list) -> list:
+        """The gradients that the inner optimizer is to take, as they come from the loss: not yet clipped nor accumulated.
+
+        Args:
+            gradients: dense tensors, without loss scale; under `tf.distribute`, those of one replica.
+            variables: the variables that they belong to.
+        """
+        raise NotImplementedError
 
     def __dir__(self):
         # Keras saves every object that it finds here, and the inner optimizer's variables are saved with this one's.

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_renorm import serialization, validation
+from keras_renorm.optimizers.wrapper import OptimizerWrapper
+
+
+@serialization.register
+class IrrelevanceDecay(OptimizerWrapper):
+    """Lets the weights decay that the loss does not care about, while another optimizer trains.
+
+    Adds `2 * gamma * w * exp(-|g| / alpha)` to the gradient `g` of the loss: the gradient of the penalty
+    `gamma * w^2 * exp(-|g| / alpha)` with its second factor held constant. Where `|g|` is large a weight is left alone;
+    where it is small the weight decays, and pruning by magnitude finds it. It costs no second backward pass and works with any
+    loss. The inner optimizer clips, accumulates and adapts the sum.
+
+    Source: G. Bonetta, M. Ribero and R. Cancelliere, Regularization-based pruning of irrelevant weights in deep neural
+    architectures, arXiv 2204.04977. There `|g|` is compared with `alpha` itself; by default here with `alpha` times the root
+    mean square of the gradient of the same variable, which needs no tuning for the size of a loss or a network.
+
+    Args:
+        optimizer: the optimizer that trains: an instance, a name or a config.
+        gamma: how strong the decay is.
+        alpha: the temperature: weights whose `|g|` is well below it decay.
+        relative: whether `alpha` counts in root mean squares of the variable's gradient (default), or in units of the gradient.
+        decay_steps: integer. `gamma` goes down to zero linearly over so many steps after the last `restart()`, which
+            `keras_renorm.methods.prune_iteratively` calls after every pruning event. `None`: it stays.
+        exclude: list of regular expressions: variables whose path one of them is found in are left alone, such as
+            `["embedding"]`. Variables of rank one always are.
+        name: the wrapper's name.
+
+    Raises:
+        ValueError: if `gamma`, `alpha` or `decay_steps` is not positive.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
+    >>> model.compile(kr.optimizers.IrrelevanceDecay(keras.optimizers.SGD(0.5), gamma=0.1), "mse")
+    >>> history = model.fit(np.zeros((1, 1)), np.zeros((1, 1)), epochs=1, verbose=0)
+    >>> round(float(model.layers[0].kernel[0, 0]), 6)  # the gradient is zero: 1 - 0.5 * 2 * 0.1
+    0.9
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        gamma: float = 1e-3,
+        alpha: float = 0.1,
+        relative: bool = True,
+        decay_steps: int | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ):
+        for argument, value in (("gamma", gamma), ("alpha", alpha)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+                raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
+        if decay_steps is not None:
+            validation.check_count(decay_steps, "decay_steps")
+        super().__init__(optimizer, name=name)
+        self.gamma, self.alpha = float(gamma), float(alpha)
+        self.relative = validation.check_choice(relative, (True, False), "relative")
+        self.decay_steps = decay_steps
+        self.exclude = list(exclude) if exclude else None
+
+    def build(self, variables):
+        super().build(variables)
+        self._decays = [
+            len(variable.shape) > 1 and not any(re.search(pattern, variable.path) for pattern in self.exclude or ())
+            for variable in variables
+        ]
+        self.steps = self.add_variable((), dtype="int", aggregation="only_first_replica", name="steps")
+
+    def before_step(self, gradients, variables):
+        replicas = self._replicas()
+        if replicas > 1:
+            # What counts is the gradient of the whole batch, and the inner optimizer will sum over replicas.
+            reduced = self._all_reduce_sum_gradients(list(zip(gradients, variables)))
+            gradients = [gradient / replicas for gradient, _ in reduced]
+        gamma = self._present_gamma()
+        result = [
+            gradient + self._decay(gradient * replicas, variable, gamma) / replicas
+            if self._decays[self._get_variable_index(variable)]
+            else gradient
+            for gradient, variable in zip(gradients, variables)
+        ]
+        self.steps.assign_add(1)
+        return result
+
+    def _decay(self, gradient, variable, gamma):
+        size = ops.abs(gradient)
+        alpha = ops.cast(self.alpha, size.dtype)
+        if self.relative:
+            alpha = alpha * ops.sqrt(ops.mean(ops.square(size)))
+        # Where no weight of a variable has a gradient, none is relevant.
+        relevance = size / ops.maximum(alpha, ops.cast(keras.config.epsilon() ** 4, size.dtype))
+        return ops.cast(2 * gamma, size.dtype) * ops.cast(variable, size.dtype) * ops.exp(-relevance)
+
+    def _present_gamma(self):
+        if self.decay_steps is None:
+            return self.gamma
+        left = 1 - ops.cast(self.steps, "float32") / self.decay_steps
+        return self.gamma * ops.maximum(left, 0.0)
+
+    def _replicas(self) -> int:
+        strategy = getattr(self, "_distribution_strategy", None)
+        return strategy.num_replicas_in_sync if strategy else 1
+
+    def restart(self) -> None:
+        """Set `gamma` back to its full value, from where it goes down again over `decay_steps`."""
+        self.steps.assign(0)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "gamma": self.gamma,
+            "alpha": self.alpha,
+            "relative": self.relative,
+            "decay_steps": self.decay_steps,
+            "exclude": self.exclude,
+        }
