@@ -88,7 +88,8 @@ def run(network, way, sparsity, data, seed, epochs):
     elif way is not None:
         model = kr.to_prunable(model, layers=prunable)
         callbacks.append(WAYS[way](sparsity, seed))
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"], steps_per_execution=16)
     model.fit(x, y, batch_size=128 if len(x) > 10_000 else 16, epochs=epochs, verbose=0, callbacks=callbacks)
     rows = [row for row in kr.summary(model).rows if row.layer != "logits"]
     reached = 1 - sum(row.kept for row in rows) / sum(row.weights for row in rows)

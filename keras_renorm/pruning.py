@@ -124,7 +124,7 @@ def prune(
                 rule,
                 samples,
                 lambda target: _prune_without_data(target, rule),
-                _verbosity(verbose),
+                validation.check_verbose(verbose),
             )
         else:
             rows = _prune_backwards(pruned, targets, rule)
@@ -200,12 +200,6 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
         renormalize=describe(renormalize),
         scale=growth(kept, kept * scale, axes),
     )
-
-
-def _verbosity(verbose: int | str) -> int:
-    if verbose == "auto":
-        return int(keras.config.is_interactive_logging_enabled())
-    return validation.check_choice(verbose, (0, 1, 2), "verbose")
 
 
 def _name(kernel, layer):

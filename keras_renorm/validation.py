@@ -58,6 +58,13 @@ def check_choice(value: Any, choices: tuple[str, ...], argument: str) -> str:
     return value
 
 
+def check_verbose(value: Any) -> int:
+    """Return 0, 1 or 2; `"auto"` is 1 where Keras logs interactively."""
+    if value == "auto":
+        return int(keras.config.is_interactive_logging_enabled())
+    return check_choice(value, (0, 1, 2), "verbose")
+
+
 def check_finite(values: np.ndarray, description: str) -> None:
     """Raise `ValueError` if `values` hold NaN or infinity."""
     # One pass without a temporary array: the sum is finite unless a value is not (or the sum itself overflows).

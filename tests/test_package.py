@@ -19,7 +19,7 @@ ROOMS = [
     ["events"],
     ["layers"],
     ["calibration", "conversion", "graph"],
-    ["sites"],
+    ["sites", "masking"],
     ["calibrated"],
     ["pruning", "summary", "callbacks", "optimizers"],
     ["methods"],

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 
 from keras_renorm import schedules
-from keras_renorm.graph import walk_back
-from keras_renorm.layers.masked import NEVER, MaskedLayer, masked_layers
+from keras_renorm.layers.masked import NEVER, masked_layers
+from keras_renorm.masking import update_masks
 
 
 class UpdatePruning(keras.callbacks.Callback):
@@ -148,24 +148,7 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def _prune(self, due: dict[int, float]) -> None:
         """One event for the layers whose `id` is given, each with its sparsity."""
-        updates = {}
-
-        def visit(layer, read):
-            if id(layer) in due:
-                updates[id(layer)] = layer.compute_masks(due[id(layer)], read)
-                return updates[id(layer)][0][0]
-            if isinstance(layer, MaskedLayer):
-                return keras.ops.convert_to_numpy(layer.masked_kernels[0].mask)
-            return None
-
-        walk_back(self.model, visit)
-        for layer, _ in self._layers:
-            if id(layer) in due and id(layer) not in updates:
-                updates[id(layer)] = layer.compute_masks(due[id(layer)])
-        # Only now is anything changed: a kernel that has become NaN leaves the model as it was.
-        for layer, _ in self._layers:
-            if id(layer) in updates:
-                layer.assign_masks(updates[id(layer)])
+        update_masks(self.model, due)
         self._measure()
 
     def _bring_up_to_date(self) -> None:

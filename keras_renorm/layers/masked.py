@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -155,14 +155,17 @@ class MaskedLayer:
         """
         self.assign_masks(self.compute_masks(sparsity))
 
-    def compute_masks(self, sparsity: float, read: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    def compute_masks(
+        self, sparsity: float | Sequence[float], read: np.ndarray | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The masks and scales of an event, in the order of `masked_kernels`, without assigning them.
 
         Args:
-            sparsity: fraction of the weights to remove, in [0, 1).
+            sparsity: fraction of the weights to remove, in [0, 1), or one for each kernel.
             read: for a layer with one kernel, whether anything reads each unit; `None` if all are read.
         """
-        return [self._compute_mask(kernel, sparsity, read) for kernel in self.masked_kernels]
+        sparsities = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(self.masked_kernels)
+        return [self._compute_mask(kernel, one, read) for kernel, one in zip(self.masked_kernels, sparsities, strict=True)]
 
     def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Set mask and scale of every kernel."""

@@ -1,0 +1,40 @@
+"""One event over a whole model: all its masks change, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import keras
+
+from keras_renorm.graph import walk_back
+from keras_renorm.layers.masked import MaskedLayer, masked_layers
+
+
+def update_masks(model: keras.Model, sparsities: Mapping[int, float | Sequence[float]]) -> None:
+    """Prune layers and renormalize what is left, from the outputs to the inputs: what nothing reads any more goes first.
+
+    Args:
+        model: a built model with prunable layers.
+        sparsities: by the `id` of a layer, the sparsity of its kernels, or one for each of them.
+
+    Raises:
+        ValueError: if a kernel holds NaN or infinity; no layer is changed then.
+    """
+    updates = {}
+
+    def visit(layer, read):
+        if id(layer) in sparsities:
+            updates[id(layer)] = layer.compute_masks(sparsities[id(layer)], read)
+            return updates[id(layer)][0][0]
+        if isinstance(layer, MaskedLayer):
+            return keras.ops.convert_to_numpy(layer.masked_kernels[0].mask)
+        return None
+
+    walk_back(model, visit)
+    layers = [layer for layer in masked_layers(model) if id(layer) in sparsities]
+    for layer in layers:
+        if id(layer) not in updates:
+            updates[id(layer)] = layer.compute_masks(sparsities[id(layer)])
+    # Only now is anything changed.
+    for layer in layers:
+        layer.assign_masks(updates[id(layer)])
