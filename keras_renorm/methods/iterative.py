@@ -11,7 +11,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import keras
 import numpy as np
@@ -213,8 +213,8 @@ def prune_iteratively(
         pruned = to_prunable(model, layers, None, criterion, pattern, group, renormalize)
     if pruned.compiled:
         pruned.optimizer.build(pruned.trainable_variables)
-    settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=better, step=step, smallest_step=smallest_step)
-    folder = Folder(directory, pruned, {**settings, "stop_early": stop_early, "seed": seed}) if directory else None
+    settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=better, step=step, stop_early=stop_early, seed=seed)
+    folder = Folder(directory, pruned, settings) if directory else None
 
     def train(number, sparsity, floor):
         """Prune and train for a round: its row of the history."""
@@ -230,7 +230,7 @@ def prune_iteratively(
 
     state = folder.read() if folder else None
     if state is None:
-        state = State(floor, step, [], None)
+        state = State(floor, step, [], [])
         first = train(0, 0.0, None)
         if floor is None:
             state.floor = first.metric - tolerance if better == "max" else first.metric + tolerance
@@ -263,7 +263,7 @@ def prune_iteratively(
 class State:
     """Where a run is: the last model that held, and what comes next."""
 
-    def __init__(self, floor: float | None, step: float, history: list[Round], values: list[np.ndarray] | None):
+    def __init__(self, floor: float | None, step: float, history: list[Round], values: list[np.ndarray]):
         self.floor, self.step, self.history, self.values = floor, step, history, values
 
     @property
@@ -273,7 +273,9 @@ class State:
     def accept(self, row: Round, model: keras.Model) -> None:
         """Go on from the model as it is now."""
         self.history.append(row)
-        self.values = [ops.convert_to_numpy(variable).copy() for variable in _variables(model)]
+        # Half-precision values as float32, which holds them all and which every file format knows.
+        values = [ops.convert_to_numpy(variable) for variable in _variables(model)]
+        self.values = [value.astype("float32" if value.dtype.kind == "V" else value.dtype) for value in values]
 
     def reject(self, row: Round, model: keras.Model) -> None:
         """Go back to the last model that held, and halve the step."""
@@ -291,7 +293,8 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike, model: keras.Model, settings: dict):
         self.path = pathlib.Path(path)
-        shapes = [(variable.path.split("/")[1:], list(variable.shape)) for variable in _variables(model)]
+        # Not by their paths, which count how many models were made before.
+        shapes = [(variable.name, list(variable.shape)) for variable in model.variables]
         pruning = [(repr(layer.criterion), repr(layer.pattern), layer.group) for layer in masked_layers(model)]
         self.fingerprint = hashlib.sha256(json.dumps([settings, shapes, pruning]).encode()).hexdigest()
         self.model = model
@@ -308,32 +311,34 @@ class Folder:
                 f"Argument `directory` holds the state of another run: of another model, or with other arguments. Received: "
                 f"directory={str(self.path)!r}. Pass an empty directory, or delete that one if its run is no longer needed."
             )
-        self.model.load_weights(self.path / content["weights"])
-        state = State(content["floor"], content["step"], [Round(**row) for row in content["history"]], None)
-        state.values = [ops.convert_to_numpy(variable).copy() for variable in _variables(self.model)]
+        with np.load(self.path / content["values"]) as arrays:
+            values = [arrays[str(index)] for index in range(len(arrays.files))]
+        state = State(content["floor"], content["step"], [Round(**row) for row in content["history"]], values)
+        state.restore(self.model)
         return state
 
     def write(self, state: State) -> None:
-        weights = max(row.round for row in state.history if row.held)
-        name = f"round-{weights:04d}.weights.h5"
+        name = f"round-{max(row.round for row in state.history if row.held):04d}.npz"
         if not (self.path / name).exists():
-            self._write(name, self.model.save_weights)
+            # Not `model.save_weights`, which leaves the states of random number generators out.
+            self._write(name, lambda file: np.savez(file, **{str(i): value for i, value in enumerate(state.values)}))
         content = dict(
             fingerprint=self.fingerprint,
             floor=state.floor,
             step=state.step,
-            weights=name,
+            values=name,
             history=[dataclasses.asdict(row) for row in state.history],
         )
-        self._write("run.json", lambda path: path.write_text(json.dumps(content, indent=1)))
-        for other in self.path.glob("*.weights.h5"):
+        self._write("run.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+        for other in self.path.glob("*.npz"):
             if other.name != name:
                 other.unlink()
 
-    def _write(self, name: str, write: Callable[[pathlib.Path], Any]) -> None:
+    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         partial = self.path / f"partial-{name}"
         try:
-            write(partial)
+            with open(partial, "wb") as file:
+                write(file)
             os.replace(partial, self.path / name)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -384,6 +389,8 @@ def _prune(model: keras.Model, sparsity: float, allocation: Callable) -> None:
     kernels = [(layer, masked) for layer in masked_layers(model) for masked in layer.masked_kernels]
     scores = [score(layer.criterion, ops.convert_to_numpy(masked.effective())) for layer, masked in kernels]
     most = min(layer.pattern.most for layer, _ in kernels)
+    one_weight_each = 1 - len(kernels) / sum(masked.size for _, masked in kernels)
+    sparsity = min(sparsity, one_weight_each)
     sparsities: dict[int, list[float]] = {}
     for (layer, _), one in zip(kernels, allocations.allocate(scores, sparsity, allocation, most=most)):
         sparsities.setdefault(id(layer), []).append(one)
