@@ -38,6 +38,12 @@ WAYS = {
     "lstsq, admm (default)": dict(calibrated=True),
 }
 
+SETTINGS = {
+    "first layer, group='unit'": dict(layers="hidden_1", group="unit"),
+    "first layer, group='layer'": dict(layers="hidden_1"),
+    "all layers but the last": dict(layers="hidden_*"),
+}
+
 
 def network(shape, classes):
     return keras.Sequential(
@@ -78,15 +84,10 @@ def experiment(name, seed, arguments):
     model = trained(train, seed, arguments.epochs, arguments.learning_rate)
     samples = train[0][np.random.default_rng(seed).permutation(len(train[0]))[:SAMPLES]]
     dense = accuracy(model, test)
-    settings = {
-        f"{name}, first layer, group='unit'": dict(layers="hidden_1", group="unit"),
-        f"{name}, first layer, group='layer'": dict(layers="hidden_1"),
-        f"{name}, all layers but the last": dict(layers="hidden_*"),
-    }
-    for setting, where in settings.items():
+    for setting in arguments.settings:
         for way in arguments.ways:
-            accuracies = curve(model, test, samples, **where, **WAYS[way])
-            yield dict(setting=setting, way=way, seed=seed, dense=dense, accuracies=accuracies)
+            accuracies = curve(model, test, samples, **SETTINGS[setting], **WAYS[way])
+            yield dict(setting=f"{name}, {setting}", way=way, seed=seed, dense=dense, accuracies=accuracies)
 
 
 def theorem(path, inputs=200, units=100, sparsity=0.8, seed=0):
@@ -128,6 +129,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--out", type=pathlib.Path, default=OUT, help="folder for pictures and data")
     arguments = parser.parse_args()
     arguments.out.mkdir(exist_ok=True)
