@@ -57,9 +57,9 @@ def dense(shape, classes):
 
 def conv(shape, classes):
     layers = [keras.Input(shape)]
-    for filters in (32, 64, 128):
+    for filters in (16, 32, 64):
         layers += [
-            keras.layers.Conv2D(filters, 3, strides=2 if filters > 32 or shape[0] > 16 else 1, padding="same", use_bias=False),
+            keras.layers.Conv2D(filters, 3, strides=2 if filters > 16 or shape[0] > 16 else 1, padding="same", use_bias=False),
             keras.layers.BatchNormalization(),
             keras.layers.ReLU(),
         ]
