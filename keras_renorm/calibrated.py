@@ -129,7 +129,7 @@ def _add_in_pieces(accumulator: Accumulator, site: Site, inputs: Any, outputs: A
         piece = slice(start, start + length)
         targets = ops.cast(view.targets(outputs[piece]), "float32")
         if missing is not None:
-            targets = targets + view.targets(missing[piece]) / _gain(site)
+            targets = targets + view.targets(missing[piece]) / ops.convert_to_tensor(_gain(site))
         accumulator.add(view.rows(inputs[piece]), targets)
 
 
