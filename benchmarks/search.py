@@ -59,9 +59,6 @@ def trainings(network, samples):
 
         def train():
             nonlocal epoch
-            # The search is told that the training is long; each call is one epoch of it.
-            for callback in callbacks:
-                callback.on_train_begin = lambda logs=None: None
             started = time.perf_counter()
             model.fit(x, y, batch_size=128, initial_epoch=epoch, epochs=epoch + 1, verbose=0, callbacks=[*callbacks, times])
             epoch += 1
@@ -71,7 +68,8 @@ def trainings(network, samples):
             callback.set_model(model)
             callback.set_params(dict(epochs=1000))
             callback.on_train_begin()
-            callback.on_train_end = lambda logs=None: None
+            # Each `fit` below is one epoch of one long training, which neither begins nor ends with it.
+            callback.on_train_begin = callback.on_train_end = lambda logs=None: None
         return train
 
     return {name: start(method) for name, method in METHODS.items()}

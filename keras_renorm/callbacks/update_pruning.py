@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_renorm import schedules
-from keras_renorm.layers.masked import NEVER, masked_layers
+from keras_renorm.layers.masked import NEVER, masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
 
 
@@ -156,8 +156,7 @@ class UpdatePruning(keras.callbacks.Callback):
         _ = self.model
 
     def _measure(self) -> None:
-        counts = [layer.count_kept() for layer, _ in self._layers]
-        self.sparsity = 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
+        self.sparsity = sparsity_of(self.model)
 
     def _count_steps(self, write: bool) -> None:
         if write:

@@ -247,6 +247,12 @@ def masked_layers(layer: keras.Layer) -> list[MaskedLayer]:
     return [part for part in layer._flatten_layers() if isinstance(part, MaskedLayer) and part.masked_kernels]
 
 
+def sparsity_of(model: keras.Layer) -> float:
+    """Fraction of zeros over all masks of a model."""
+    counts = [layer.count_kept() for layer in masked_layers(model)]
+    return 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
+
+
 def plain_variables(layer: keras.Layer) -> list[keras.Variable]:
     """The variables of a layer but for masks, scales and steps: those of its plain counterpart, in its order."""
     added = set()

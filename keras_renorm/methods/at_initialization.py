@@ -20,7 +20,7 @@ from keras import ops
 from keras_renorm import allocation as allocations
 from keras_renorm import masks, validation
 from keras_renorm.events import current_kernel, new_scale
-from keras_renorm.layers.masked import MaskedKernel, MaskedLayer, masked_layers
+from keras_renorm.layers.masked import MaskedKernel, MaskedLayer, masked_layers, sparsity_of
 from keras_renorm.optimizers import Recorder
 
 FITNESS = ("magnitude", "gradient", "combined")
@@ -126,8 +126,7 @@ class Search(keras.callbacks.Callback):
                 self._recorder.epochs.assign(epoch + 1)
             if epoch == self.total_epochs - 1:
                 self._finish()
-        counts = [layer.count_kept() for layer in masked_layers(model)]
-        logs["sparsity"] = 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
+        logs["sparsity"] = sparsity_of(model)
 
     def on_train_end(self, logs=None):
         if self._searching:
@@ -432,7 +431,10 @@ def _put_recorder_on(model: keras.Model, method: str, gradients: bool, start: bo
         )
     frozen = [layer.name for layer in masked_layers(model) if not all(k.variable.trainable for k in layer.masked_kernels)]
     if frozen:
-        raise ValueError(f"`{method}` watches weights move, and layers {frozen} are frozen (`trainable=False`).")
+        raise ValueError(
+            f"`{method}` watches weights move, and layers {frozen} are frozen (`trainable=False`). Make them "
+            "trainable, or leave them out: `keras_renorm.to_prunable(model, layers=...)`."
+        )
     outer = optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else None
     inner = outer.inner_optimizer if outer else optimizer
     if isinstance(inner, Recorder):

@@ -21,7 +21,7 @@ from keras_renorm import allocation as allocations
 from keras_renorm import validation
 from keras_renorm.conversion import rebuild, strip, to_prunable
 from keras_renorm.criteria.base import score
-from keras_renorm.layers.masked import masked_layers
+from keras_renorm.layers.masked import masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
 from keras_renorm.optimizers import IrrelevanceDecay
 from keras_renorm.tables import format_table
@@ -222,7 +222,7 @@ def prune_iteratively(
         started = time.monotonic()
         if number:
             _prune(pruned, sparsity, allocation)
-        reached = _sparsity(pruned)
+        reached = sparsity_of(pruned)
         stop = _StopWhenHeld(metric, lambda value: _holds(value, floor, better)) if stop_early and number else None
         value, epochs, note = _train(pruned, fit, metric, stop)
         held = floor is None or (not note and _holds(value, floor, better))
@@ -244,7 +244,7 @@ def prune_iteratively(
             folder.write(state)
     progress = keras.utils.Progbar(None, verbose=verbose, unit_name="round", stateful_metrics=["sparsity", metric, "step"])
     while state.step >= smallest_step and (max_rounds is None or state.rounds < max_rounds):
-        present = _sparsity(pruned)
+        present = sparsity_of(pruned)
         row = train(state.rounds + 1, 1 - (1 - present) * (1 - state.step), state.floor)
         if row.sparsity <= present:
             # Every kernel is down to its last weight.
@@ -395,11 +395,6 @@ def _prune(model: keras.Model, sparsity: float, allocation: Callable) -> None:
     for (layer, _), one in zip(kernels, allocations.allocate(scores, sparsity, allocation, most=most)):
         sparsities.setdefault(id(layer), []).append(one)
     update_masks(model, sparsities)
-
-
-def _sparsity(model: keras.Model) -> float:
-    counts = [layer.count_kept() for layer in masked_layers(model)]
-    return 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:

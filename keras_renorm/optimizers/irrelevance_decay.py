@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import keras
+import numpy as np
 from keras import ops
 
 from keras_renorm import serialization, validation
@@ -24,7 +24,8 @@ class IrrelevanceDecay(OptimizerWrapper):
 
     Source: G. Bonetta, M. Ribero and R. Cancelliere, Regularization-based pruning of irrelevant weights in deep neural
     architectures, arXiv 2204.04977. There `|g|` is compared with `alpha` itself; by default here with `alpha` times the root
-    mean square of the gradient of the same variable, which needs no tuning for the size of a loss or a network.
+    mean square of the gradient of the same variable, which does not depend on the scale of the loss. Which of the two does
+    better is still to be measured; `gamma` needs tuning in both.
 
     Args:
         optimizer: the optimizer that trains: an instance, a name or a config.
@@ -96,13 +97,13 @@ class IrrelevanceDecay(OptimizerWrapper):
         return result
 
     def _decay(self, gradient, variable, gamma):
-        size = ops.abs(gradient)
-        alpha = ops.cast(self.alpha, size.dtype)
+        # Squares of half-precision gradients would be lost.
+        size = ops.cast(ops.abs(gradient), "float32")
+        alpha = self.alpha
         if self.relative:
-            alpha = alpha * ops.sqrt(ops.mean(ops.square(size)))
-        # Where no weight of a variable has a gradient, none is relevant.
-        relevance = size / ops.maximum(alpha, ops.cast(keras.config.epsilon() ** 4, size.dtype))
-        return ops.cast(2 * gamma, size.dtype) * ops.cast(variable, size.dtype) * ops.exp(-relevance)
+            # Where no weight of a variable has a gradient, none is relevant.
+            alpha = ops.maximum(alpha * ops.sqrt(ops.mean(ops.square(size))), np.finfo(np.float32).tiny)
+        return ops.cast(2 * gamma * ops.cast(variable, "float32") * ops.exp(-size / alpha), gradient.dtype)
 
     def _present_gamma(self):
         if self.decay_steps is None:

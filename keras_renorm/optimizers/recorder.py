@@ -71,12 +71,21 @@ class Recorder(OptimizerWrapper):
             self.assign_add(slot, ops.cast(ops.abs(gradient), slot.dtype))
 
     def gradient(self, variable: keras.Variable) -> np.ndarray:
-        """The sum of `|gradient|` over the batches since the last `reset_gradients()`."""
-        return ops.convert_to_numpy(self._gradients[self._get_variable_index(variable)])
+        """The sum of `|gradient|` over the batches since the last `reset_gradients()`, shaped like `variable`."""
+        return self._read(self._gradients, variable, "gradients")
 
     def start(self, variable: keras.Variable) -> np.ndarray:
-        """The value that each weight had at the last `reset_start()`; zero before."""
-        return ops.convert_to_numpy(self._start[self._get_variable_index(variable)])
+        """The value that each weight had at the last `reset_start()`, shaped like `variable`; zero before."""
+        return self._read(self._start, variable, "start")
+
+    def _read(self, slots, variable, argument):
+        slot = slots and slots[self._get_variable_index(variable)]
+        if slot is None:
+            raise ValueError(
+                f"Nothing is recorded of variable '{variable.path}' of shape {tuple(variable.shape)}. Received: {argument}="
+                f"{slots is not None}. Variables of rank two or more are recorded, with `Recorder(optimizer, {argument}=True)`."
+            )
+        return ops.convert_to_numpy(slot)
 
     def reset_gradients(self) -> None:
         """Begin the sums anew."""

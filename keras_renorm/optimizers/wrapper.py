@@ -37,7 +37,13 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         return self._variables + self.inner_optimizer.variables
 
     def apply(self, grads, trainable_variables=None):
+        grads = list(grads)
         if not self.built:
+            if trainable_variables is None:
+                raise ValueError(
+                    f"`{type(self).__name__}` was not built yet and got no variables. Received: trainable_variables=None. Pass "
+                    "them, or call `optimizer.build(trainable_variables)` first."
+                )
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
@@ -46,7 +52,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             for index, gradient in enumerate(grads)
             if gradient is not None and not self._overwrite_variable_with_gradient(variables[index])
         ]
-        scale, grads = self.inner_optimizer.loss_scale_factor or 1.0, list(grads)
+        scale = self.inner_optimizer.loss_scale_factor or 1.0
         seen = [_dense(grads[index], variables[index]) / scale for index in known]
         for index, gradient in zip(known, self.before_step(seen, [variables[index] for index in known])):
             grads[index] = gradient * scale
@@ -58,6 +64,9 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         Args:
             gradients: dense tensors, without loss scale; under `tf.distribute`, those of one replica.
             variables: the variables that they belong to.
+
+        Returns:
+            As many tensors, of the same shapes.
         """
         raise NotImplementedError
 

@@ -182,7 +182,7 @@ def test_own_criterion():
     model = make(layers=[keras.layers.Dense(100, name="fc")])
     found = prune(model, Scripted([2.0, 2.0]), metric="quality", mode="max", floor=1.0, max_rounds=1, criterion=keep_the_last)
     kept = keras.ops.convert_to_numpy(found.model.get_layer("fc").kernel) != 0
-    assert kept.sum(axis=1).tolist() == [0, 0, 0, 80, 100, 100, 100, 100] or kept[4:].all()
+    assert kept.sum(axis=1).tolist() == [0, 0, 0, 80, 100, 100, 100, 100]
 
 
 def test_goes_on_from_a_model_with_prunable_layers():
@@ -315,14 +315,12 @@ def test_killed_at_ten_random_moments(tmp_path):
     generator, kills = np.random.default_rng(0), 0
     while kills < 10:
         process = program("killed")
-        try:
-            process.wait(timeout=generator.uniform(0.3, 0.9) * duration)
-            break
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills >= 1
+        time.sleep(generator.uniform(0.4, 0.8) * duration)
+        # One that had ended before begins from its finished state, and is killed all the same.
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 10
     assert program("killed").wait(timeout=600) == 0
     with np.load(tmp_path / "whole.npz") as one, np.load(tmp_path / "killed.npz") as other:
         for name in one.files:

@@ -200,6 +200,17 @@ def test_takes_up_what_its_optimizer_had_saved(tmp_path):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(other))
 
 
+def test_what_is_not_recorded_is_an_error():
+    model = make(kr.optimizers.Recorder("sgd", gradients=False))
+    fit(model, epochs=1)
+    with pytest.raises(ValueError, match="gradients=False.*Recorder\\(optimizer, gradients=True\\)"):
+        model.optimizer.gradient(model.layers[0].kernel)
+    with pytest.raises(ValueError, match="rank two or more"):
+        model.optimizer.start(model.layers[0].bias)
+    with pytest.raises(ValueError, match="not built.*trainable_variables=None"):
+        kr.optimizers.Recorder("sgd").apply([np.ones((2, 2))])
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="LossScaleOptimizer\\(Recorder"):
         kr.optimizers.Recorder(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
