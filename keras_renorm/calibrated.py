@@ -21,9 +21,11 @@ from keras_renorm.calibration import Call, Passes, Samples, observe
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
 from keras_renorm.layers.kernels import name_within
-from keras_renorm.moments import Accumulator, Moments
+from keras_renorm.layers.linear import linear_parts
+from keras_renorm.moments import Accumulator, InputSizes, Moments, SizeAccumulator
 from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, describe, growth
+from keras_renorm.scoring import input_sizes
 from keras_renorm.sites import Site, Target, find_stages
 
 # Variance that a feature is taken to have left at least, as a share of what it had.
@@ -75,12 +77,12 @@ def prune_calibrated(
     passes, scarce = Passes([dense, pruned], samples), {}
     progress = keras.utils.Progbar(len(stages), verbose=verbose, unit_name="layer")
     for stage in stages:
-        for site, moments in zip(stage, _collect(stage, passes, rule)):
+        for site, moments, sizes in zip(stage, *_collect(stage, passes, rule)):
             _check_finite(site, moments)
             if site.is_normalization:
                 _adjust(site.pruned, moments.input_mean, moments.gram, moments)
             else:
-                reports.append(_treat(site, moments, rule))
+                reports.append(_treat(site, moments, sizes, rule))
                 if moments.rows < moments.gram.shape[-1]:
                     scarce[site.pruned.name] = moments.gram.shape[-1] / moments.rows
         progress.add(1)
@@ -94,22 +96,30 @@ def prune_calibrated(
     return reports
 
 
-def _collect(stage: list[Site], passes: Passes, rule: Rule) -> list[Moments]:
-    """The moments of each site: inputs as they come in the pruned model, targets from the dense one."""
+def _collect(stage: list[Site], passes: Passes, rule: Rule) -> tuple[list[Moments], list[InputSizes | None]]:
+    """The moments of each site, and the sizes of its inputs where the criterion needs them: inputs as they come in the pruned
+    model, targets from the dense one."""
     accumulators = [Accumulator() for _ in stage]
+    by_size = getattr(rule.criterion, "statistics", None) is InputSizes
+    sizes = [SizeAccumulator() if by_size and site.target else None for site in stage]
     sums = [site.sum for site in stage if site.sum and getattr(rule.renormalize, "compensates", False)]
     calls = sum(site.calls for site in stage) + len(sums)
     layers = [[getattr(place, model) for place in [*stage, *sums]] for model in ("dense", "pruned")]
     for run_dense, run_pruned in passes.runs(layers):
         wanted = observe(run_dense, layers[0], calls)
         given = observe(run_pruned, layers[1], calls, outputs=False)
-        for site, accumulator in zip(stage, accumulators):
+        for site, accumulator, size in zip(stage, accumulators, sizes):
             outputs = [call.inputs if site.is_normalization else call.outputs for call in wanted if call.layer is site.dense]
             inputs = [call.inputs for call in given if call.layer is site.pruned]
             missing = _missing(site, wanted, given) if site.sum in sums else None
             for one_input, one_output in zip(inputs, outputs):
                 _add_in_pieces(accumulator, site, one_input, one_output, missing)
-    return [accumulator.moments(intercept=site.has_intercept) for site, accumulator in zip(stage, accumulators)]
+                if size is not None:
+                    size.add(one_input)
+    return (
+        [accumulator.moments(intercept=site.has_intercept) for site, accumulator in zip(stage, accumulators)],
+        [None if size is None else input_sizes(size, linear_parts(site.dense)[0]) for site, size in zip(stage, sizes)],
+    )
 
 
 def _missing(site: Site, wanted: list[Call], given: list[Call]) -> Any:
@@ -155,10 +165,10 @@ def _check_finite(site, moments):
         )
 
 
-def _treat(site: Site, moments: Moments, rule: Rule) -> LayerReport:
+def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -> LayerReport:
     """Choose the mask of a layer, if it is to be pruned, and fit what is left."""
     matrix, bias = site.matrix, site.bias
-    mask = matrix != 0 if site.target is None else _choose(site, matrix, moments, rule)
+    mask = matrix != 0 if site.target is None else _choose(site, matrix, moments, sizes, rule)
     kept = np.where(mask, matrix, 0)
     fitted, new_bias = kept, bias
     if isinstance(rule.renormalize, CalibratedRenormalizer):
@@ -193,7 +203,7 @@ def _treat(site: Site, moments: Moments, rule: Rule) -> LayerReport:
     )
 
 
-def _choose(site: Site, matrix: np.ndarray, moments: Moments, rule: Rule) -> np.ndarray:
+def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes | None, rule: Rule) -> np.ndarray:
     shape, target = tuple(site.pruned.kernel.shape), site.target
     # What comes from an input that never varies can move into the bias, so its weights go first.
     constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
@@ -205,7 +215,7 @@ def _choose(site: Site, matrix: np.ndarray, moments: Moments, rule: Rule) -> np.
         return site.view.to_matrix(mask)
 
     if isinstance(rule.criterion, CalibratedCriterion):
-        return rule.criterion.select(matrix, moments, mask_of)
+        return rule.criterion.select(matrix, moments if sizes is None else sizes, mask_of)
     return mask_of(site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.dense.kernel).astype(np.float32))))
 
 

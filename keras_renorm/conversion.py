@@ -133,7 +133,12 @@ def strip(model: keras.Model) -> keras.Model:
     message = never_pruned(model)
     if message:
         warnings.warn(message, stacklevel=2)
-    stripped, _ = rebuild(model, _plain_counterpart)
+    return plain_copy(model)[0]
+
+
+def plain_copy(model: keras.Model) -> tuple[keras.Model, dict[int, keras.Variable]]:
+    """What `strip` returns, and its variable for the `id` of each variable of `model` that is no mask, scale or step."""
+    stripped, counterparts = rebuild(model, _plain_counterpart)
     left = [layer.name for layer in masked_layers(stripped)]
     if left:
         raise ValueError(
@@ -141,7 +146,13 @@ def strip(model: keras.Model) -> keras.Model:
             f"outside: {left}. Give your class an argument that chooses between the plain and the prunable layer, or wrap "
             "the whole layer in `keras_renorm.layers.RenormalizedPruning` instead of the layers in it."
         )
-    return stripped
+    variables = {
+        id(old): new
+        for layer in outermost_layers(model)
+        if id(layer) in counterparts
+        for old, new in zip(plain_variables(layer), counterparts[id(layer)].variables)
+    }
+    return stripped, variables
 
 
 def _plain_counterpart(layer: keras.Layer) -> keras.Layer | None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import keras
+import numpy as np
 
 from keras_renorm.graph import walk_back
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 
 
-def update_masks(model: keras.Model, sparsities: Mapping[int, float | Sequence[float]]) -> None:
+def update_masks(
+    model: keras.Model,
+    sparsities: Mapping[int, float | Sequence[float]],
+    scores: Mapping[int, np.ndarray] | None = None,
+) -> None:
     """Prune layers and renormalize what is left, from the outputs to the inputs: what nothing reads any more goes first.
 
     Args:
         model: a built model with prunable layers.
         sparsities: by the `id` of a layer, the sparsity of its kernels, or one for each of them.
+        scores: of the weights, by the `id` of a kernel's variable, shaped like it; `None` to ask the layers' criteria.
 
     Raises:
         ValueError: if a kernel holds NaN or infinity; no layer is changed then.
@@ -24,7 +30,7 @@ def update_masks(model: keras.Model, sparsities: Mapping[int, float | Sequence[f
 
     def visit(layer, read):
         if id(layer) in sparsities:
-            updates[id(layer)] = layer.compute_masks(sparsities[id(layer)], read)
+            updates[id(layer)] = layer.compute_masks(sparsities[id(layer)], read, scores)
             return updates[id(layer)][0][0]
         if isinstance(layer, MaskedLayer):
             return keras.ops.convert_to_numpy(layer.masked_kernels[0].mask)
@@ -34,7 +40,7 @@ def update_masks(model: keras.Model, sparsities: Mapping[int, float | Sequence[f
     layers = [layer for layer in masked_layers(model) if id(layer) in sparsities]
     for layer in layers:
         if id(layer) not in updates:
-            updates[id(layer)] = layer.compute_masks(sparsities[id(layer)])
+            updates[id(layer)] = layer.compute_masks(sparsities[id(layer)], scores=scores)
     # Only now is anything changed.
     for layer in layers:
         layer.assign_masks(updates[id(layer)])

@@ -1,8 +1,10 @@
-"""First and second moments of what goes into a layer and of what should come out of it."""
+"""What is known of a layer from samples: moments of what goes in and of what should come out; how large what goes in is."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -83,3 +85,37 @@ class Accumulator:
             power = power + target_mean**2
             row_mean, target_mean = np.zeros_like(row_mean), np.zeros_like(target_mean)
         return Moments(self._rows, gram, cross, np.maximum(power, 0), row_mean, target_mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSizes:
+    """How large the inputs of a layer are, in the mean over the samples, at each of its output positions.
+
+    Args:
+        sizes: means of `|x|`, shape `(groups, positions, inputs)`; a Dense layer called with a matrix has one position.
+        taps: how many weights a slice has, which joins an input channel with a unit: the inputs are `(taps, channels)`.
+        bias: sizes of the biases, shape `(groups, units)`.
+    """
+
+    sizes: np.ndarray
+    taps: int
+    bias: np.ndarray
+
+
+class SizeAccumulator:
+    """Adds up the sizes of inputs batch by batch: memory for one sample, or one of each shape that comes."""
+
+    def __init__(self):
+        self._sums: dict[tuple, list] = {}
+
+    def add(self, inputs) -> None:
+        """Take in a tensor, samples first."""
+        size = ops.sum(ops.abs(ops.cast(inputs, "float32")), axis=0)
+        entry = self._sums.setdefault(tuple(size.shape), [np.float64(0), 0])
+        entry[0] = entry[0] + ops.convert_to_numpy(size)
+        entry[1] += int(inputs.shape[0])
+
+    def sizes(self, rows: Callable[[Any], Any]) -> np.ndarray:
+        """Means of shape `(groups, positions, inputs)`; `rows` turns inputs into `(groups, rows, inputs)` as a layer does."""
+        means = [ops.convert_to_tensor((total / count)[None], "float32") for total, count in self._sums.values()]
+        return np.concatenate([ops.convert_to_numpy(rows(mean)).astype(np.float64) for mean in means], axis=1)

@@ -16,18 +16,20 @@ from keras_renorm.calibrated import Rule, prune_calibrated
 from keras_renorm.calibration import Samples
 from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, strip
 from keras_renorm.criteria import CalibratedCriterion
-from keras_renorm.events import prune_kernel
+from keras_renorm.events import current_kernel, new_scale, prune_kernel
 from keras_renorm.graph import walk_back
 from keras_renorm.layers.kernels import find_kernels, name_within
 from keras_renorm.layers.masked import masked_layers
+from keras_renorm.moments import InputSizes
 from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, PruningReport, describe, growth
+from keras_renorm.scoring import Seen, see
 from keras_renorm.sites import Target
 
 
 def prune(
     model: keras.Model,
-    sparsity: float | dict[str, float],
+    sparsity: float | dict[str, float] | None = None,
     criterion: Any = "auto",
     pattern: Any = "unstructured",
     group: str = "layer",
@@ -51,8 +53,10 @@ def prune(
         model: a built model: Sequential, Functional, or a subclassed one with a `get_config()`.
         sparsity: fraction of the weights to remove, in [0, 1), over all kernels of the chosen layers; or a dict of layer name
             (or glob) to sparsity, to prune those layers alone; a name goes before a glob, an earlier glob before a later one.
+            `None` with a criterion that chooses the count itself.
         criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`; with samples also
-            `"activation"`, `"obs"` and `"admm"`. `"auto"` is `"admm"` with samples, else `"magnitude"`.
+            `"activation"`, `"activity"`, `"obs"` and `"admm"`, and `keras_renorm.criteria.Activity(share)`, which chooses the
+            count itself. `"auto"` is `"admm"` with samples, else `"magnitude"`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance.
         group: `"layer"` or `"unit"`: which weights compete with each other.
         allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
@@ -73,8 +77,8 @@ def prune(
         attribute `pruning_report` says what each layer got; it is not saved with the model.
 
     Raises:
-        ValueError: if the sparsity is outside [0, 1), the model is not built or has nothing to prune, a name is unknown, a
-            kernel holds NaN or infinity, or the samples are empty, of the wrong shape or not finite.
+        ValueError: if the sparsity is missing or outside [0, 1), the model is not built or has nothing to prune, a name is
+            unknown, a kernel holds NaN or infinity, or the samples are empty, of the wrong shape or not finite.
         TypeError: if it is not a Keras 3 model.
 
     Example:
@@ -102,7 +106,8 @@ def prune(
         if layers is not None:
             raise ValueError("Pass either a dict as `sparsity` or `layers`, not both: the dict names the layers.")
         layers = list(sparsity)
-    for value in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
+    _check_count(rule, sparsity)
+    for value in sparsity.values() if isinstance(sparsity, dict) else [] if sparsity is None else [sparsity]:
         rule.pattern.check(validation.check_sparsity(value), group)
     allocation = allocations.get(allocation)
     if masked_layers(model):
@@ -116,6 +121,8 @@ def prune(
         pruned, counterparts = rebuild(model, lambda layer: None)
         targets = _targets([counterparts[key] for key in chosen], sparsity, allocation, rule.pattern)
         if calibrated:
+            # Kernels that cannot be fitted may still be scored.
+            seen = see(pruned, samples, InputSizes) if getattr(rule.criterion, "statistics", None) is InputSizes else {}
             rows = prune_calibrated(
                 model,
                 pruned,
@@ -123,7 +130,7 @@ def prune(
                 {id(target.kernel.variable): target for target in targets},
                 rule,
                 samples,
-                lambda target: _prune_without_data(target, rule),
+                lambda target: _prune_without_data(target, rule, seen=seen.get(id(target.kernel.variable))),
                 validation.check_verbose(verbose),
             )
         else:
@@ -140,6 +147,8 @@ def _targets(layers, sparsity, allocation, pattern) -> list[Target]:
             sparsity.get(layer.name, next(v for n, v in sparsity.items() if fnmatch.fnmatchcase(layer.name, n)))
             for layer, _ in kernels
         ]
+    elif sparsity is None:
+        sparsities = [None] * len(kernels)
     else:
         values = [ops.convert_to_numpy(kernel.variable).astype(np.float32) for _, kernel in kernels]
         sparsities = allocations.allocate(values, sparsity, allocation, most=pattern.most)
@@ -171,24 +180,40 @@ def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> l
     return rows
 
 
-def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = None) -> LayerReport:
+def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = None, seen: Seen | None = None) -> LayerReport:
+    """Prune a kernel on its own; `seen` is what is known of its inputs, if the criterion asks for no more."""
     variable, axes = target.kernel.variable, target.kernel.input_axes
-    criterion = criteria.Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
+    criterion = score = rule.criterion
     renormalize = rule.renormalize
     if isinstance(renormalize, CalibratedRenormalizer):
         renormalize = renorm.get("auto", rule.group)
     values = ops.convert_to_numpy(variable)
-    mask, scale = prune_kernel(
-        values,
-        target.sparsity,
-        criterion,
-        rule.pattern,
-        rule.group,
-        renormalize,
-        axes,
-        read=read,
-        description=_name(target.kernel, target.layer),
-    )
+    if target.sparsity is None:
+        if seen is None:
+            raise ValueError(
+                f"Criterion {criterion!r} cannot choose how many weights stay. {_name(target.kernel, target.layer)}: samples "
+                "do not show what its inputs carry. Leave the layer out with `layers=`. Nothing was changed."
+            )
+        kernel, current = current_kernel(values, None, 1.0)
+        mask = seen.to_kernel(criterion.select(seen.matrix, seen.statistics, None))
+        scale = new_scale(kernel, current, mask, 1.0, renormalize, axes)
+    else:
+        if seen is not None:
+            scores = seen.to_kernel(criterion(seen.matrix, seen.statistics))
+            score = lambda kernel: scores  # noqa: E731
+        elif isinstance(criterion, CalibratedCriterion):
+            criterion = score = criteria.Magnitude()
+        mask, scale = prune_kernel(
+            values,
+            target.sparsity,
+            score,
+            rule.pattern,
+            rule.group,
+            renormalize,
+            axes,
+            read=read,
+            description=_name(target.kernel, target.layer),
+        )
     kept = np.where(mask, values, 0)
     variable.assign(kept * scale)
     return LayerReport(
@@ -200,6 +225,25 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
         renormalize=describe(renormalize),
         scale=growth(kept, kept * scale, axes),
     )
+
+
+def _check_count(rule: Rule, sparsity: Any) -> None:
+    """Either the criterion says how many weights stay, or the sparsity does."""
+    if getattr(rule.criterion, "chooses_count", False):
+        if sparsity is not None:
+            raise ValueError(
+                f"Criterion {rule.criterion!r} chooses how many weights stay. Received: sparsity={sparsity!r}. "
+                "Leave `sparsity` out, or the share."
+            )
+        if rule.pattern != patterns.Unstructured():
+            raise ValueError(
+                f"Criterion {rule.criterion!r} chooses which weights go together. Received: pattern={rule.pattern!r}. Leave "
+                "`pattern` out, or the share."
+            )
+    elif sparsity is None:
+        raise ValueError(
+            "Argument `sparsity` must be a number in [0, 1), or a dict of layer name to number. Received: sparsity=None."
+        )
 
 
 def _name(kernel, layer):

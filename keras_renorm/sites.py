@@ -23,11 +23,14 @@ L = keras.layers
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A kernel to prune, and how much of it; `layer` is the outermost layer that it is in."""
+    """A kernel to prune, and how much of it; `layer` is the outermost layer that it is in.
+
+    A sparsity of `None` leaves it to the criterion.
+    """
 
     layer: keras.Layer
     kernel: Kernel
-    sparsity: float
+    sparsity: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ ROOMS = [
     ["events"],
     ["layers"],
     ["calibration", "conversion", "graph"],
-    ["sites", "masking"],
+    ["sites", "masking", "scoring"],
     ["calibrated"],
     ["pruning", "summary", "callbacks", "optimizers"],
+    ["rounds"],
     ["methods"],
     ["export"],
 ]

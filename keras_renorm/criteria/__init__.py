@@ -9,15 +9,16 @@ from typing import Any
 
 from keras_renorm import serialization
 from keras_renorm.criteria.activation import Activation
+from keras_renorm.criteria.activity import Activity
 from keras_renorm.criteria.admm import ADMM
 from keras_renorm.criteria.base import CalibratedCriterion, Criterion
 from keras_renorm.criteria.magnitude import Magnitude
 from keras_renorm.criteria.obs import OBS
 from keras_renorm.criteria.random import Random
 
-KNOWN = {"magnitude": Magnitude, "random": Random, "activation": Activation, "obs": OBS, "admm": ADMM}
+KNOWN = {"magnitude": Magnitude, "random": Random, "activation": Activation, "activity": Activity, "obs": OBS, "admm": ADMM}
 
-__all__ = ["ADMM", "KNOWN", "OBS", "Activation", "CalibratedCriterion", "Criterion", "Magnitude", "Random", "get"]
+__all__ = ["ADMM", "KNOWN", "OBS", "Activation", "Activity", "CalibratedCriterion", "Criterion", "Magnitude", "Random", "get"]
 
 
 def get(identifier: Any, calibrated: bool = False) -> Any:

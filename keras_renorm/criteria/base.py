@@ -18,25 +18,32 @@ class Criterion(serialization.Configurable):
 
 
 class CalibratedCriterion(Criterion):
-    """Base class: scores the weights of a layer by the data that goes through it (`keras_renorm.prune` with `calibration`)."""
+    """Base class: scores the weights of a layer by the data that goes through it (`keras_renorm.prune` with `calibration`).
 
-    def __call__(self, matrix: np.ndarray, moments: Moments) -> np.ndarray:
+    `statistics` is what it needs to know of the data: `Moments` or `InputSizes`. `chooses_count` says that it decides itself
+    how many weights stay, so that no sparsity is asked for.
+    """
+
+    statistics: type = Moments
+    chooses_count = False
+
+    def __call__(self, matrix: np.ndarray, statistics: Any) -> np.ndarray:
         """Scores shaped like `matrix`; larger = keep.
 
         Args:
             matrix: the layer's kernel, shape `(groups, inputs, units)`.
-            moments: of its inputs and targets.
+            statistics: of its inputs (and targets), an instance of `self.statistics`.
         """
         raise NotImplementedError
 
-    def select(self, matrix: np.ndarray, moments: Moments, mask_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def select(self, matrix: np.ndarray, statistics: Any, mask_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """The weights to keep, bool of the shape of `matrix`.
 
         Args:
-            matrix, moments: as in `__call__`.
+            matrix, statistics: as in `__call__`.
             mask_of: scores of that shape -> the mask that keeps the best of them.
         """
-        return mask_of(self(matrix, moments))
+        return mask_of(self(matrix, statistics))
 
 
 def score(criterion: Any, kernel: np.ndarray) -> np.ndarray:

@@ -68,6 +68,35 @@ def linear_view(layer: keras.Layer) -> LinearView | None:
     return make(layer) if make and layer.built else None
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearPart:
+    """A matrix product within a layer: nearly always all of the layer, in a separable convolution one of two.
+
+    Args:
+        kernel: its weights.
+        bias: its bias, `None` if there is none.
+        view: how it is seen as a matrix product.
+        taps: how many weights join an input channel with a unit.
+        feed: from the inputs of the layer to the inputs of this part.
+    """
+
+    kernel: keras.Variable
+    bias: keras.Variable | None
+    view: LinearView
+    taps: int
+    feed: Callable[[Any], Any]
+
+
+def linear_parts(layer: keras.Layer) -> list[LinearPart]:
+    """The matrix products in a built layer (not in layers inside it); empty if it is not known to be made of them."""
+    if isinstance(layer, (L.SeparableConv1D, L.SeparableConv2D)) and layer.built:
+        return _separable_convolution(layer)
+    view = linear_view(layer)
+    if view is None:
+        return []
+    return [LinearPart(layer.kernel, layer.bias, view, math.prod(getattr(layer, "kernel_size", ())), lambda inputs: inputs)]
+
+
 def _dense(layer):
     split = tuple(layer.kernel.shape)
     return LinearView(
@@ -161,6 +190,35 @@ def _depthwise_convolution(layer):
         split,
         ((rank,), tuple(range(rank)), (rank + 1,)),
     )
+
+
+def _separable_convolution(layer):
+    def depthwise(inputs):
+        return ops.depthwise_conv(
+            inputs,
+            layer.depthwise_kernel,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    def pointwise_rows(inputs):
+        return _grouped(ops.expand_dims(_channels_last(inputs, layer), -2), 1)
+
+    split, rank = tuple(layer.depthwise_kernel.shape), layer.rank
+    first = LinearView(
+        lambda inputs: _grouped(_patches(layer, inputs), split[-2]),
+        lambda outputs: _grouped(ops.expand_dims(_channels_last(outputs, layer), -2), split[-2]),
+        split,
+        ((rank,), tuple(range(rank)), (rank + 1,)),
+    )
+    shape = tuple(layer.pointwise_kernel.shape)
+    second = LinearView(pointwise_rows, pointwise_rows, shape, ((), tuple(range(rank + 1)), (rank + 1,)))
+    return [
+        LinearPart(layer.depthwise_kernel, None, first, math.prod(layer.kernel_size), lambda inputs: inputs),
+        LinearPart(layer.pointwise_kernel, layer.bias, second, 1, depthwise),
+    ]
 
 
 def _transposed_convolution(layer):

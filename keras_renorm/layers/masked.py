@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -156,16 +156,23 @@ class MaskedLayer:
         self.assign_masks(self.compute_masks(sparsity))
 
     def compute_masks(
-        self, sparsity: float | Sequence[float], read: np.ndarray | None = None
+        self,
+        sparsity: float | Sequence[float],
+        read: np.ndarray | None = None,
+        scores: Mapping[int, np.ndarray] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The masks and scales of an event, in the order of `masked_kernels`, without assigning them.
 
         Args:
             sparsity: fraction of the weights to remove, in [0, 1), or one for each kernel.
             read: for a layer with one kernel, whether anything reads each unit; `None` if all are read.
+            scores: of the weights, by the `id` of the kernel's variable; `None` to ask the criterion.
         """
         sparsities = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(self.masked_kernels)
-        return [self._compute_mask(kernel, one, read) for kernel, one in zip(self.masked_kernels, sparsities, strict=True)]
+        return [
+            self._compute_mask(kernel, one, read, None if scores is None else scores[id(kernel.variable)])
+            for kernel, one in zip(self.masked_kernels, sparsities, strict=True)
+        ]
 
     def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Set mask and scale of every kernel."""
@@ -173,12 +180,14 @@ class MaskedLayer:
             kernel.mask.assign(mask)
             kernel.scale.assign(np.reshape(scale, kernel.scale.shape))
 
-    def _compute_mask(self, masked: MaskedKernel, sparsity: float, read: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _compute_mask(
+        self, masked: MaskedKernel, sparsity: float, read: np.ndarray | None, scores: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         kernel, mask, scale = (ops.convert_to_numpy(variable) for variable in (masked.variable, masked.mask, masked.scale))
         return prune_kernel(
             kernel,
             sparsity,
-            self.criterion,
+            self.criterion if scores is None else lambda kernel: scores,
             self.pattern,
             self.group,
             self.renormalize,

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import json
-import math
 import numbers
 import os
-import pathlib
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_renorm import allocation as allocations
-from keras_renorm import validation
-from keras_renorm.conversion import rebuild, strip, to_prunable
-from keras_renorm.criteria.base import score
+from keras_renorm import criteria, rounds, validation
+from keras_renorm.calibration import Samples
+from keras_renorm.conversion import plain_copy, rebuild, strip, to_prunable
+from keras_renorm.criteria.base import CalibratedCriterion, score
 from keras_renorm.layers.masked import masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
-from keras_renorm.optimizers import IrrelevanceDecay
+from keras_renorm.rounds import Round
+from keras_renorm.scoring import scores_of, see
 from keras_renorm.tables import format_table
-
-LARGER_IS_BETTER = ("acc", "accuracy", "auc", "precision", "recall", "f1_score", "iou", "r2_score")
-SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse", "crossentropy")
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """One round: the model was pruned to `sparsity` (by `step`, a share of what was left) and trained for `epochs`.
-
-    `held` says whether `metric` held the floor; if not, the model went back to the last round that had. `note` says what else
-    went wrong. Round 0 is the dense model.
-    """
-
-    round: int
-    sparsity: float
-    step: float
-    metric: float
-    held: bool
-    epochs: int
-    seconds: float
-    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +107,8 @@ def prune_iteratively(
     max_rounds: int | None = None,
     directory: str | os.PathLike | None = None,
     seed: int = 0,
+    calibration: Any = None,
+    batch_size: int = 128,
     verbose: int | str = "auto",
 ) -> IterativePruning:
     """The sparsest model that still holds a given quality: prune, train, check; go on, or go back and try a smaller step.
@@ -158,7 +137,7 @@ def prune_iteratively(
         smallest_step: the step below which there is no further try.
         stop_early: whether a round ends as soon as the metric holds, before `fit`'s epochs are over (with a dict as `fit`).
         layers: which layers of a plain model, as in `keras_renorm.to_prunable`.
-        criterion: what scores the weights.
+        criterion: what scores the weights; with `calibration` also `"activation"`, `"activity"` and `"obs"`.
         pattern: which weights live and die together.
         group: `"layer"` or `"unit"`.
         allocation: how the sparsity is divided among kernels; `"global"`, one threshold on the scores over all of them.
@@ -168,6 +147,8 @@ def prune_iteratively(
             where it was.
         seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`, so that a run that was stopped ends
             as one that was not.
+        calibration: unlabelled samples, as in `keras_renorm.prune`, for criteria that need them.
+        batch_size: how many of these to run at once, where they come as arrays.
         verbose: `"auto"`, 0, 1, or 2: the progress bar.
 
     Returns:
@@ -191,231 +172,83 @@ def prune_iteratively(
     """
     validation.check_model(model)
     _check_steps(step, smallest_step)
-    better = _direction(metric, mode)
+    better = rounds.direction(metric, mode)
     if (floor is None) == (tolerance is None):
         raise ValueError(
             "Pass either `floor` (the value that the metric has to hold) or `tolerance` (how far it may be from the dense "
             f"model's). Received: floor={floor}, tolerance={tolerance}."
         )
-    if not callable(fit) and not isinstance(fit, Mapping):
-        raise ValueError(
-            f"Argument `fit` must be a dict of arguments of `model.fit`, or a function `model -> logs`. Received: fit={fit!r}."
-        )
-    if not model.compiled and not callable(fit):
-        raise ValueError(f"Argument `model` must be compiled to be trained. Received: model={model.name}, not compiled.")
     if max_rounds is not None:
         validation.check_count(max_rounds, "max_rounds")
-    allocation = allocations.get(allocation)
-    verbose = validation.check_verbose(verbose)
+    plan = rounds.Plan(
+        fit=rounds.check_fit(fit, model),
+        goal=rounds.Goal(metric, better, floor, tolerance),
+        step=step,
+        smallest_step=smallest_step,
+        max_rounds=max_rounds,
+        stop_early=stop_early,
+        seed=seed,
+        verbose=validation.check_verbose(verbose),
+    )
+    criterion, allocation = criteria.get(criterion, calibration is not None), allocations.get(allocation)
+    by_data = isinstance(criterion, CalibratedCriterion)
+    if isinstance(criterion, criteria.ADMM) or getattr(criterion, "chooses_count", False):
+        raise ValueError(
+            f"Argument `criterion` must give scores, by which `step` of the weights go. Received: criterion={criterion!r}. "
+            "Take 'magnitude', 'activation', 'activity' or 'obs'; a share of the activity is what "
+            "`keras_renorm.methods.neural_relief` keeps."
+        )
     if masked_layers(model):
         pruned, _ = rebuild(model, lambda layer: None)
     else:
-        pruned = to_prunable(model, layers, None, criterion, pattern, group, renormalize)
-    if pruned.compiled:
-        pruned.optimizer.build(pruned.trainable_variables)
+        pruned = to_prunable(model, layers, None, "magnitude" if by_data else criterion, pattern, group, renormalize)
     settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=better, step=step, stop_early=stop_early, seed=seed)
-    folder = Folder(directory, pruned, settings) if directory else None
+    if by_data:
+        settings["criterion"] = repr(criterion)
+    with contextlib.ExitStack() as stack:
+        samples = stack.enter_context(Samples(calibration, model, batch_size)) if by_data else None
 
-    def train(number, sparsity, floor):
-        """Prune and train for a round: its row of the history."""
-        keras.utils.set_random_seed(seed + number)
-        started = time.monotonic()
-        if number:
-            _prune(pruned, sparsity, allocation)
-        reached = sparsity_of(pruned)
-        stop = _StopWhenHeld(metric, lambda value: _holds(value, floor, better)) if stop_early and number else None
-        value, epochs, note = _train(pruned, fit, metric, stop)
-        held = floor is None or (not note and _holds(value, floor, better))
-        return Round(number, reached, state.step if number else 0.0, value, held, epochs, time.monotonic() - started, note)
+        def prune(step):
+            scores = _scores_by_data(pruned, criterion, samples) if by_data else _scores(pruned)
+            _prune(pruned, scores, 1 - (1 - sparsity_of(pruned)) * (1 - step), allocation)
+            return {}
 
-    state = folder.read() if folder else None
-    if state is None:
-        state = State(floor, step, [], [])
-        first = train(0, 0.0, None)
-        if floor is None:
-            state.floor = first.metric - tolerance if better == "max" else first.metric + tolerance
-        if first.note or not _holds(first.metric, state.floor, better):
-            raise ValueError(
-                f"The dense model does not hold the floor: after training, {metric} is {first.metric:.6g}, and floor="
-                f"{state.floor:.6g}{f' ({first.note})' if first.note else ''}. Train it longer, or lower the floor."
-            )
-        state.accept(first, pruned)
-        if folder:
-            folder.write(state)
-    progress = keras.utils.Progbar(None, verbose=verbose, unit_name="round", stateful_metrics=["sparsity", metric, "step"])
-    while state.step >= smallest_step and (max_rounds is None or state.rounds < max_rounds):
-        present = sparsity_of(pruned)
-        row = train(state.rounds + 1, 1 - (1 - present) * (1 - state.step), state.floor)
-        if row.sparsity <= present:
-            # Every kernel is down to its last weight.
-            state.restore(pruned)
-            break
-        if row.held:
-            state.accept(row, pruned)
-        else:
-            state.reject(row, pruned)
-        if folder:
-            folder.write(state)
-        progress.update(state.rounds, [("sparsity", row.sparsity), (metric, row.metric), ("step", state.step)])
+        state = rounds.run_rounds(pruned, prune, plan, directory, settings)
     return IterativePruning(strip(pruned), tuple(state.history), metric, state.floor)
 
 
-class State:
-    """Where a run is: the last model that held, and what comes next."""
-
-    def __init__(self, floor: float | None, step: float, history: list[Round], values: list[np.ndarray]):
-        self.floor, self.step, self.history, self.values = floor, step, history, values
-
-    @property
-    def rounds(self) -> int:
-        return len(self.history) - 1
-
-    def accept(self, row: Round, model: keras.Model) -> None:
-        """Go on from the model as it is now."""
-        self.history.append(row)
-        # Half-precision values as float32, which holds them all and which every file format knows.
-        values = [ops.convert_to_numpy(variable) for variable in _variables(model)]
-        self.values = [value.astype("float32" if value.dtype.kind == "V" else value.dtype) for value in values]
-
-    def reject(self, row: Round, model: keras.Model) -> None:
-        """Go back to the last model that held, and halve the step."""
-        self.history.append(row)
-        self.step /= 2
-        self.restore(model)
-
-    def restore(self, model: keras.Model) -> None:
-        for variable, value in zip(_variables(model), self.values):
-            variable.assign(value)
+def _scores(model: keras.Model) -> dict[int, np.ndarray]:
+    """The scores of all kernels, each by its layer's own criterion, by the `id` of the variable."""
+    return {
+        id(masked.variable): score(layer.criterion, ops.convert_to_numpy(masked.effective()))
+        for layer in masked_layers(model)
+        for masked in layer.masked_kernels
+    }
 
 
-class Folder:
-    """The state of a run on disk. Every file is written to another name first: a kill at any moment leaves a whole state."""
-
-    def __init__(self, path: str | os.PathLike, model: keras.Model, settings: dict):
-        self.path = pathlib.Path(path)
-        # Not by their paths, which count how many models were made before.
-        shapes = [(variable.name, list(variable.shape)) for variable in model.variables]
-        pruning = [(repr(layer.criterion), repr(layer.pattern), layer.group) for layer in masked_layers(model)]
-        self.fingerprint = hashlib.sha256(json.dumps([settings, shapes, pruning]).encode()).hexdigest()
-        self.model = model
-
-    def read(self) -> State | None:
-        """The state that is there, its model's values assigned; `None` if there is none."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        record = self.path / "run.json"
-        if not record.exists():
-            return None
-        content = json.loads(record.read_text())
-        if content["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"Argument `directory` holds the state of another run: of another model, or with other arguments. Received: "
-                f"directory={str(self.path)!r}. Pass an empty directory, or delete that one if its run is no longer needed."
-            )
-        with np.load(self.path / content["values"]) as arrays:
-            values = [arrays[str(index)] for index in range(len(arrays.files))]
-        state = State(content["floor"], content["step"], [Round(**row) for row in content["history"]], values)
-        state.restore(self.model)
-        return state
-
-    def write(self, state: State) -> None:
-        name = f"round-{max(row.round for row in state.history if row.held):04d}.npz"
-        if not (self.path / name).exists():
-            # Not `model.save_weights`, which leaves the states of random number generators out.
-            self._write(name, lambda file: np.savez(file, **{str(i): value for i, value in enumerate(state.values)}))
-        content = dict(
-            fingerprint=self.fingerprint,
-            floor=state.floor,
-            step=state.step,
-            values=name,
-            history=[dataclasses.asdict(row) for row in state.history],
-        )
-        self._write("run.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
-        for other in self.path.glob("*.npz"):
-            if other.name != name:
-                other.unlink()
-
-    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
-        partial = self.path / f"partial-{name}"
-        try:
-            with open(partial, "wb") as file:
-                write(file)
-            os.replace(partial, self.path / name)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-class _StopWhenHeld(keras.callbacks.Callback):
-    def __init__(self, metric, holds):
-        super().__init__()
-        self.metric, self.holds = metric, holds
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self.metric in (logs or {}) and self.holds(logs[self.metric]):
-            self.model.stop_training = True
-
-
-def _train(model, fit, metric, stop) -> tuple[float, int, str]:
-    """Train for a round: the metric at its end, the number of epochs, and what went wrong."""
-    _restart(model.optimizer)
-    if callable(fit):
-        result = fit(model)
-    else:
-        arguments = {"verbose": 0, **fit}
-        result = model.fit(**{**arguments, "callbacks": [*(arguments.get("callbacks") or ()), *([stop] if stop else [])]})
-    epochs = len(result.epoch) if isinstance(result, keras.callbacks.History) else 1
-    logs = result.history if isinstance(result, keras.callbacks.History) else result
-    if not isinstance(logs, Mapping) or metric not in logs:
-        there = sorted(logs) if isinstance(logs, Mapping) else f"none, but {logs!r}"
+def _scores_by_data(model: keras.Model, criterion: CalibratedCriterion, samples: Samples) -> dict[int, np.ndarray]:
+    plain, variables = plain_copy(model)
+    scores = scores_of(see(plain, samples, criterion.statistics), criterion)
+    kernels = [(layer, masked.variable) for layer in masked_layers(model) for masked in layer.masked_kernels]
+    unseen = [layer.name for layer, variable in kernels if id(variables[id(variable)]) not in scores]
+    if unseen:
         raise ValueError(
-            f"Argument `metric` is not in the logs of the training. Received: metric={metric!r}. The logs have: {there}. "
-            "Metrics are named in `model.compile(metrics=[...])`; those that begin with 'val_' need `validation_data` or "
-            "`validation_split` in `fit`."
+            f"Criterion {criterion!r} cannot score the kernels of layers {unseen}: samples do not show what their inputs "
+            "carry. Leave these layers out with `layers=`, or take `criterion='magnitude'`."
         )
-    last = {name: float(np.ravel(value)[-1]) for name, value in logs.items() if np.size(value)}
-    wrong = [name for name in dict.fromkeys(("loss", metric)) if name in last and not math.isfinite(last[name])]
-    return last[metric], epochs, f"{wrong[0]} is {last[wrong[0]]}" if wrong else ""
+    return {id(variable): scores[id(variables[id(variable)])] for _, variable in kernels}
 
 
-def _restart(optimizer: Any) -> None:
-    while optimizer is not None:
-        if isinstance(optimizer, IrrelevanceDecay):
-            optimizer.restart()
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-
-
-def _prune(model: keras.Model, sparsity: float, allocation: Callable) -> None:
+def _prune(model: keras.Model, scores: dict[int, np.ndarray], sparsity: float, allocation: Callable) -> None:
     """Remove the weights with the lowest scores, until the model has the sparsity."""
     kernels = [(layer, masked) for layer in masked_layers(model) for masked in layer.masked_kernels]
-    scores = [score(layer.criterion, ops.convert_to_numpy(masked.effective())) for layer, masked in kernels]
     most = min(layer.pattern.most for layer, _ in kernels)
     one_weight_each = 1 - len(kernels) / sum(masked.size for _, masked in kernels)
-    sparsity = min(sparsity, one_weight_each)
+    in_order = [scores[id(masked.variable)] for _, masked in kernels]
     sparsities: dict[int, list[float]] = {}
-    for (layer, _), one in zip(kernels, allocations.allocate(scores, sparsity, allocation, most=most)):
+    for (layer, _), one in zip(kernels, allocations.allocate(in_order, min(sparsity, one_weight_each), allocation, most=most)):
         sparsities.setdefault(id(layer), []).append(one)
-    update_masks(model, sparsities)
-
-
-def _variables(model: keras.Model) -> list[keras.Variable]:
-    """All that a training changes."""
-    return [*model.variables, *(model.optimizer.variables if model.compiled and model.optimizer else [])]
-
-
-def _holds(value: float, floor: float, better: str) -> bool:
-    return value >= floor if better == "max" else value <= floor
-
-
-def _direction(metric: str, mode: str) -> str:
-    if validation.check_choice(mode, ("auto", "max", "min"), "mode") != "auto":
-        return mode
-    for endings, direction in ((LARGER_IS_BETTER, "max"), (SMALLER_IS_BETTER, "min")):
-        if metric.endswith(endings):
-            return direction
-    raise ValueError(
-        f"Argument `metric` does not tell whether larger or smaller values are better. Received: metric={metric!r}. Pass "
-        "`mode='max'` or `mode='min'`."
-    )
+    update_masks(model, sparsities, scores)
 
 
 def _check_steps(step: Any, smallest_step: Any) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
+from keras_renorm import rounds
 from keras_renorm.layers.masked import masked_layers
-from keras_renorm.methods import iterative
 
 X = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
 Y = (X[:, :1] - 0.5 * X[:, 1:2]).astype("float32")
@@ -133,7 +133,7 @@ def test_tolerance(mode, answers, floor):
     [("val_accuracy", "max"), ("val_loss", "min"), ("auc", "max"), ("val_perplexity", "min"), ("my_mae", "min")],
 )
 def test_the_direction_of_a_metric(metric, better):
-    assert iterative._direction(metric, "auto") == better
+    assert rounds.direction(metric, "auto") == better
 
 
 def test_ends_when_nothing_is_left_to_remove():
@@ -347,10 +347,10 @@ def test_a_full_disk_leaves_the_former_state(tmp_path, monkeypatch, fails):
         raise OSError(28, "No space left on device")
 
     if fails == "weights":
-        monkeypatch.setattr(iterative.np, "savez", full)
+        monkeypatch.setattr(rounds.np, "savez", full)
     else:
-        monkeypatch.setattr(iterative.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
-        monkeypatch.setattr(iterative.Folder, "__init__", _folder_without_fingerprint(tmp_path))
+        monkeypatch.setattr(rounds.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+        monkeypatch.setattr(rounds.Folder, "__init__", _folder_without_fingerprint(tmp_path))
     with pytest.raises(OSError, match="No space left"):
         prune(directory=tmp_path, max_rounds=3, floor=0.3)
     monkeypatch.undo()
