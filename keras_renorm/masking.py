@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
+from keras_renorm.events import current_kernel, new_scale
 from keras_renorm.graph import walk_back
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 
@@ -44,3 +45,37 @@ def update_masks(
     # Only now is anything changed.
     for layer in layers:
         layer.assign_masks(updates[id(layer)])
+
+
+def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
+    """Remove weights that were chosen already, and renormalize what is left as the layers do. What is gone stays gone.
+
+    Args:
+        model: a built model with prunable layers.
+        masks: of the weights to keep, by the `id` of a kernel's variable; kernels that are not there stay as they are.
+    """
+    for layer in masked_layers(model):
+        updates = []
+        for masked in layer.masked_kernels:
+            kernel, mask, scale = (keras.ops.convert_to_numpy(v) for v in (masked.variable, masked.mask, masked.scale))
+            new_mask = mask & masks.get(id(masked.variable), mask)
+            if not np.array_equal(new_mask, mask):
+                kernel, current = current_kernel(kernel, mask, scale, f"Kernel '{masked.variable.path}'")
+                scale = new_scale(kernel, current, new_mask, scale, layer.renormalize, masked.input_axes)
+            updates.append((new_mask, scale))
+        layer.assign_masks(updates)
+
+
+def remove_unread_units(model: keras.Model) -> None:
+    """Remove all weights of units that nothing reads any more, from the outputs to the inputs."""
+    masks = {}
+
+    def visit(layer, read):
+        if not isinstance(layer, MaskedLayer):
+            return None
+        (masked,) = layer.masked_kernels
+        masks[id(masked.variable)] = keras.ops.convert_to_numpy(masked.mask) & read
+        return masks[id(masked.variable)]
+
+    walk_back(model, visit)
+    assign_masks(model, masks)

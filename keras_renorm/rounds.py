@@ -47,6 +47,37 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Where rounds of pruning ended.
+
+    Attributes:
+        model: the sparsest model that held the floor, of plain Keras layers.
+        history: tuple of `Round`.
+        metric: name of the metric.
+        floor: the value that it had to hold, or `None`.
+    """
+
+    model: keras.Model
+    history: tuple[Round, ...]
+    metric: str
+    floor: float | None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over the prunable weights of `model`."""
+        return max(row.sparsity for row in self.history if row.held)
+
+
+def new_axes(ax: Any) -> Any:
+    """The matplotlib axes that were passed in, or new ones."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.figure(layout="constrained").add_subplot()
+
+
+@dataclasses.dataclass(frozen=True)
 class Goal:
     """What has to be held: `metric` at `floor`, or within `tolerance` of the dense model's; with neither, all is held."""
 

@@ -44,6 +44,13 @@ def check_sparsity(value: Any, argument: str = "sparsity") -> float:
     return float(value)
 
 
+def check_share(value: Any, argument: str) -> float:
+    """Return `value` as a float in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.floating)) or not 0 < value <= 1:
+        raise ValueError(f"Argument `{argument}` must be a number in (0, 1]. Received: {argument}={value!r}.")
+    return float(value)
+
+
 def check_count(value: Any, argument: str) -> int:
     """Return `value` if it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import numbers
-
 import numpy as np
 
-from keras_renorm import serialization
+from keras_renorm import serialization, validation
 from keras_renorm.criteria.base import CalibratedCriterion
 from keras_renorm.moments import InputSizes
 
@@ -43,9 +41,7 @@ class Activity(CalibratedCriterion):
     statistics = InputSizes
 
     def __init__(self, share: float | None = None):
-        if share is not None and (isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1):
-            raise ValueError(f"Argument `share` must be `None` or a number in (0, 1]. Received: share={share!r}.")
-        self.share = None if share is None else float(share)
+        self.share = None if share is None else validation.check_share(share, "share")
 
     @property
     def chooses_count(self) -> bool:

@@ -73,6 +73,7 @@ class LinearPart:
     """A matrix product within a layer: nearly always all of the layer, in a separable convolution one of two.
 
     Args:
+        layer: the layer.
         kernel: its weights.
         bias: its bias, `None` if there is none.
         view: how it is seen as a matrix product.
@@ -80,6 +81,7 @@ class LinearPart:
         feed: from the inputs of the layer to the inputs of this part.
     """
 
+    layer: keras.Layer
     kernel: keras.Variable
     bias: keras.Variable | None
     view: LinearView
@@ -94,7 +96,8 @@ def linear_parts(layer: keras.Layer) -> list[LinearPart]:
     view = linear_view(layer)
     if view is None:
         return []
-    return [LinearPart(layer.kernel, layer.bias, view, math.prod(getattr(layer, "kernel_size", ())), lambda inputs: inputs)]
+    taps = math.prod(getattr(layer, "kernel_size", ()))
+    return [LinearPart(layer, layer.kernel, layer.bias, view, taps, lambda inputs: inputs)]
 
 
 def _dense(layer):
@@ -216,8 +219,8 @@ def _separable_convolution(layer):
     shape = tuple(layer.pointwise_kernel.shape)
     second = LinearView(pointwise_rows, pointwise_rows, shape, ((), tuple(range(rank + 1)), (rank + 1,)))
     return [
-        LinearPart(layer.depthwise_kernel, None, first, math.prod(layer.kernel_size), lambda inputs: inputs),
-        LinearPart(layer.pointwise_kernel, layer.bias, second, 1, depthwise),
+        LinearPart(layer, layer.depthwise_kernel, None, first, math.prod(layer.kernel_size), lambda inputs: inputs),
+        LinearPart(layer, layer.pointwise_kernel, layer.bias, second, 1, depthwise),
     ]
 
 

@@ -20,31 +20,13 @@ from keras_renorm.conversion import plain_copy, rebuild, strip, to_prunable
 from keras_renorm.criteria.base import CalibratedCriterion, score
 from keras_renorm.layers.masked import masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
-from keras_renorm.rounds import Round
 from keras_renorm.scoring import scores_of, see
 from keras_renorm.tables import format_table
 
 
 @dataclasses.dataclass(frozen=True)
-class IterativePruning:
-    """What `prune_iteratively` found. Printing it shows the rounds as a table.
-
-    Attributes:
-        model: the sparsest model that held the floor, of plain Keras layers.
-        history: tuple of `Round`.
-        metric: name of the metric.
-        floor: the value that it had to hold.
-    """
-
-    model: keras.Model
-    history: tuple[Round, ...]
-    metric: str
-    floor: float
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros over the prunable weights of `model`."""
-        return max(row.sparsity for row in self.history if row.held)
+class IterativePruning(rounds.Outcome):
+    """What `prune_iteratively` found. Printing it shows the rounds as a table."""
 
     def __str__(self) -> str:
         header = ("round", "sparsity", "step", self.metric, "held", "epochs", "seconds", "note")
@@ -74,10 +56,7 @@ class IterativePruning:
         Returns:
             The axes.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.figure(layout="constrained").add_subplot()
+        ax = rounds.new_axes(ax)
         held, failed = ([row for row in self.history if row.held is held] for held in (True, False))
         ax.plot([1 - row.sparsity for row in held], [row.metric for row in held], "ko-", label="held")
         ax.plot([1 - row.sparsity for row in failed], [row.metric for row in failed], "kx", label="rolled back")
