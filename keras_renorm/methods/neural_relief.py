@@ -122,8 +122,8 @@ def neural_relief(
     The model passed in stays as it is.
 
     Source: A. Dekhovich, D. Tax, M. Sluiter and M. Bessa, Neural network relief: a pruning algorithm based on neural activity,
-    arXiv 2109.10795. There biases are pruned as well, and in residual networks an operand of a sum that carries less than a share
-    `1 - alpha` of it; here neither is. Floor and going back are added here.
+    arXiv 2109.10795. There biases are pruned as well, and in residual networks an operand of a sum that carries less than a
+    share `1 - alpha` of it; here neither is. Floor and going back are added here.
 
     Args:
         model: a trained and compiled Sequential or Functional model, plain or with prunable layers.

@@ -3,8 +3,9 @@ import pytest
 
 import keras_renorm as kr
 from keras_renorm import criteria, least_squares
+from keras_renorm.criteria.activity import keep_share
 from keras_renorm.masks import compute_mask
-from keras_renorm.moments import Moments
+from keras_renorm.moments import InputSizes, Moments
 from tests.test_moments import moments_of
 
 KNOWN = {name: cls for name, cls in criteria.KNOWN.items() if issubclass(cls, criteria.CalibratedCriterion)}
@@ -27,11 +28,58 @@ def test_obs_by_hand():
     np.testing.assert_allclose(scores, [[[6, 1.5], [13.5, 0.375]]], rtol=1e-6)
 
 
+def test_activity_by_hand():
+    """Two inputs at two positions; the norm over positions of |x| |w|."""
+    sizes = InputSizes(np.array([[[3.0, 1.0], [4.0, 0.0]]]), taps=1, bias=np.zeros((1, 2)))
+    scores = criteria.Activity()(np.array([[[-2.0, 1.0], [3.0, 0.5]]]), sizes)
+    np.testing.assert_allclose(scores, [[[10, 5], [3, 0.5]]])
+
+
+def test_activity_of_slices_by_hand():
+    """One channel, two taps, two positions that read sizes (1, 2) and (2, 0): 3*1 + 1*2 = 5 and 3*2 = 6."""
+    sizes = InputSizes(np.array([[[1.0, 2.0], [2.0, 0.0]]]), taps=2, bias=np.zeros((1, 1)))
+    scores = criteria.Activity()(np.array([[[3.0], [-1.0]]]), sizes)
+    np.testing.assert_allclose(scores, np.full((1, 2, 1), np.sqrt(61)))
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    [(0.5, [1, 0, 0, 0]), (0.51, [1, 1, 0, 0]), (0.8, [1, 1, 0, 0]), (0.81, [1, 1, 1, 0]), (1.0, [1, 1, 1, 0])],
+)
+def test_the_smallest_set_that_reaches_the_share(share, kept):
+    scores = np.array([[0.5], [0.3], [0.2], [0.0]])
+    np.testing.assert_array_equal(keep_share(scores, share)[:, 0], np.array(kept, bool))
+    order = [2, 3, 0, 1]
+    np.testing.assert_array_equal(keep_share(scores[order], share)[:, 0], np.array(kept, bool)[order])
+
+
+def test_the_bias_is_one_more_connection():
+    """The unit's total is 1 + 1 + 2 = 4; the bias and the first connection reach three quarters of it."""
+    sizes = InputSizes(np.array([[[1.0, 1.0]]]), taps=1, bias=np.array([[2.0]]))
+    matrix = np.ones((1, 2, 1))
+    select = lambda share: criteria.Activity(share).select(matrix, sizes, None)[0, :, 0].tolist()  # noqa: E731
+    assert select(0.5) == [False, False]
+    assert select(0.75) == [True, False]
+    assert select(0.8) == [True, True]
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, True, "half"])
+def test_wrong_share(share):
+    with pytest.raises(ValueError, match=r"`share` must be `None` or a number|`share` must be a number in \(0, 1\]"):
+        criteria.Activity(share)
+
+
+def statistics(name, x, matrix):
+    """What a criterion is called with, for rows `x` of shape `(groups, rows, inputs)`."""
+    if KNOWN[name].statistics is InputSizes:
+        return InputSizes(np.abs(x).mean(axis=1, keepdims=True), taps=1, bias=np.zeros((len(x), matrix.shape[-1])))
+    return moments_of(x, x @ matrix)
+
+
 def correlated(generator, groups=1, inputs=40, units=12):
     mixing = generator.standard_normal((inputs, inputs)) * (generator.random((inputs, inputs)) < 0.2) + np.eye(inputs)
     x = generator.standard_normal((groups, 2000, inputs)) @ mixing
-    matrix = generator.standard_normal((groups, inputs, units))
-    return matrix, moments_of(x, x @ matrix)
+    return generator.standard_normal((groups, inputs, units)), x
 
 
 def fitted_error(matrix, mask, moments):
@@ -44,7 +92,8 @@ def fitted_error(matrix, mask, moments):
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_masks_have_the_count_and_are_the_same_every_time(name, sparsity, groups, generator):
-    matrix, moments = correlated(generator, groups)
+    matrix, x = correlated(generator, groups)
+    known = statistics(name, x, matrix)
     before = matrix.copy()
 
     def mask_of(scores):
@@ -52,15 +101,16 @@ def test_masks_have_the_count_and_are_the_same_every_time(name, sparsity, groups
         assert np.isfinite(scores).all()
         return compute_mask(scores, sparsity)
 
-    mask = KNOWN[name]().select(matrix, moments, mask_of)
+    mask = KNOWN[name]().select(matrix, known, mask_of)
     assert np.count_nonzero(~mask) == round(sparsity * matrix.size)
-    np.testing.assert_array_equal(mask, KNOWN[name]().select(matrix, moments, mask_of))
+    np.testing.assert_array_equal(mask, KNOWN[name]().select(matrix, known, mask_of))
     np.testing.assert_array_equal(matrix, before)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
 def test_admm_finds_better_masks_than_scores(sparsity, generator):
-    matrix, moments = correlated(generator)
+    matrix, x = correlated(generator)
+    moments = moments_of(x, x @ matrix)
 
     def mask_of(scores):
         return compute_mask(scores, sparsity)
@@ -77,7 +127,8 @@ def test_what_is_constant_or_all_zero_gives_no_nan(name, generator):
     x[:, :, 4] = 0
     matrix = generator.standard_normal((1, 6, 4))
     for rows in (x, np.zeros_like(x)):
-        mask = KNOWN[name]().select(matrix, moments_of(rows, rows @ matrix), lambda scores: compute_mask(scores, 0.25))
+        known = statistics(name, rows, matrix)
+        mask = KNOWN[name]().select(matrix, known, lambda scores: compute_mask(scores, 0.25))
         assert np.count_nonzero(mask) == 18
 
 
