@@ -103,7 +103,7 @@ def test_memory_does_not_grow_with_the_samples():
 
 
 def test_a_share_keeps_whole_slices_and_needs_no_sparsity():
-    model, x = built(lambda **k: L.Conv2D(3, 3, **k), (5, 5, 8), True)
+    model, x = built(lambda **k: L.Conv2D(3, 3, **k), (8, 8, 6), True)
     pruned = kr.prune(model, criterion=criteria.Activity(0.7), renormalize=None, calibration=x, verbose=0)
     kept = ops.convert_to_numpy(pruned.layers[-1].kernel) != 0
     slices = kept.reshape(-1, *kept.shape[-2:])
