@@ -185,6 +185,17 @@ def test_own_criterion():
     assert kept.sum(axis=1).tolist() == [0, 0, 0, 80, 100, 100, 100, 100]
 
 
+@pytest.mark.parametrize("criterion", ["activity", "activation", "obs"])
+def test_criteria_that_need_samples(criterion):
+    """Of inputs that are all alike but for their size, the largest stay."""
+    samples = X * np.array([1, 1, 1, 1, 5, 5, 5, 5], "float32")
+    model = make(layers=[keras.layers.Dense(100, kernel_initializer="ones", name="fc")])
+    arguments = dict(criterion=criterion, calibration=samples, renormalize=None, step=0.5, max_rounds=1)
+    found = prune(model, Scripted([2.0, 2.0]), metric="quality", mode="max", floor=1.0, **arguments)
+    kept = keras.ops.convert_to_numpy(found.model.get_layer("fc").kernel) != 0
+    assert kept.sum(axis=1).tolist() == [0, 0, 0, 0, 100, 100, 100, 100]
+
+
 def test_goes_on_from_a_model_with_prunable_layers():
     model = make(layers=[kr.layers.PrunableDense(100, pattern=kr.patterns.Block((4, 1)))])
     model.layers[0].update_masks(0.5)
@@ -268,6 +279,17 @@ def test_the_same_result_with_and_without_a_directory(tmp_path):
     last = max(row.round for row in other.history if row.held)
     assert files == [f"round-{last:04d}.npz", "run.json"]
     assert same(prune(max_rounds=4, directory=tmp_path / "run"), other)
+
+
+def test_half_precision_comes_back_from_disk(tmp_path):
+    model = make(layers=[keras.layers.Dense(16, dtype="bfloat16"), keras.layers.Dense(1, dtype="bfloat16")])
+    arguments = dict(metric="quality", mode="max", floor=1.0)
+    whole = prune(model, Scripted([2.0] * 3), max_rounds=2, **arguments)
+    prune(model, Scripted([2.0] * 2), max_rounds=1, directory=tmp_path, **arguments)
+    again = prune(model, Scripted([2.0]), max_rounds=2, directory=tmp_path, **arguments)
+    for one, other in zip(whole.model.variables, again.model.variables):
+        assert keras.backend.standardize_dtype(other.dtype) == "bfloat16"
+        np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(keras.ops.cast(v, "float32")) for v in (one, other)))
 
 
 @pytest.mark.parametrize("moment", range(1, 6))
@@ -385,6 +407,9 @@ def _folder_without_fingerprint(path):
         (dict(max_rounds=0), "`max_rounds`.*max_rounds=0"),
         (dict(allocation="even"), "`allocation`.*'even'"),
         (dict(criterion="best"), "`criterion`.*'best'"),
+        (dict(criterion="activity"), "'activity'|Activity.*needs samples"),
+        (dict(criterion="admm", calibration=X), "`criterion` must give scores.*ADMM"),
+        (dict(criterion=kr.criteria.Activity(0.9), calibration=X), "`criterion` must give scores.*share=0.9"),
         (dict(verbose=7), "`verbose`"),
         (dict(metric="val_loss"), "not in the logs.*'val_loss'.*have: \\['loss'\\]"),
         (dict(fit=lambda model: None), "not in the logs.*none, but None"),
@@ -400,6 +425,15 @@ def test_a_model_that_is_not_compiled():
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="must be compiled"):
         prune(model)
+
+
+def test_layers_that_samples_cannot_score():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Embedding(9, 5, name="words"), keras.layers.LSTM(3)])
+    model.compile("adam", "mse")
+    samples = np.zeros((16, 4), "int32")
+    fit = dict(x=samples, y=np.zeros((16, 3), "float32"))
+    with pytest.raises(ValueError, match=r"cannot score the kernels of layers \['words', 'lstm.*`layers=`"):
+        prune(model, fit, criterion="activity", calibration=samples, floor=10.0)
 
 
 def test_nothing_to_prune():
