@@ -23,48 +23,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import curves
 import datasets
 import keras
+import networks
 import numpy as np
 
 import keras_renorm as kr
 
 OUT = pathlib.Path(__file__).parents[1] / "saved_models"
-L = keras.layers
-
-
-def lenet_300_100(shape, classes, regularizer):
-    return [
-        keras.Input(shape),
-        L.Flatten(),
-        L.Dense(300, "relu", kernel_regularizer=regularizer),
-        L.Dense(100, "relu", kernel_regularizer=regularizer),
-        L.Dense(classes, kernel_regularizer=regularizer),
-    ]
-
-
-def lenet_5(shape, classes, regularizer):
-    # Images as small as the digits are padded to what two convolutions and poolings need.
-    padding = max(0, 16 - shape[0]) // 2
-    return [
-        keras.Input(shape),
-        *([L.ZeroPadding2D(padding)] if padding else []),
-        L.Conv2D(20, 5, activation="relu", kernel_regularizer=regularizer),
-        L.MaxPooling2D(),
-        L.Conv2D(50, 5, activation="relu", kernel_regularizer=regularizer),
-        L.MaxPooling2D(),
-        L.Flatten(),
-        L.Dense(500, "relu", kernel_regularizer=regularizer),
-        L.Dense(classes, kernel_regularizer=regularizer),
-    ]
-
-
-NETWORKS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5}
+NETWORKS = {"lenet-300-100": networks.lenet_300_100, "lenet-5": networks.lenet_5}
 WAYS = ("irrelevant weights", "L2 decay", "neither")
 
 
 def compiled(network, way, shape, classes, seed, arguments):
     keras.utils.set_random_seed(seed)
     regularizer = keras.regularizers.L2(arguments.l2) if way == "L2 decay" else None
-    model = keras.Sequential(NETWORKS[network](shape, classes, regularizer))
+    model = NETWORKS[network](shape, classes, regularizer)
     optimizer = keras.optimizers.Adam(1e-3)
     if way == "irrelevant weights":
         optimizer = kr.optimizers.IrrelevanceDecay(

@@ -20,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import curves
 import datasets
 import keras
+import networks
 import numpy as np
 
 import keras_renorm as kr
@@ -36,31 +37,10 @@ WAYS = {
 }
 
 
-def block(x, filters, strides=1):
-    shortcut = x
-    if strides > 1 or x.shape[-1] != filters:
-        shortcut = keras.layers.Conv2D(filters, 1, strides, use_bias=False)(x)
-        shortcut = keras.layers.BatchNormalization(momentum=0.9)(shortcut)
-    x = keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)
-    x = keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9)(x))
-    x = keras.layers.BatchNormalization(momentum=0.9)(keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x))
-    return keras.layers.ReLU()(keras.layers.Add()([x, shortcut]))
-
-
-def residual_network(shape, classes):
-    inputs = keras.Input(shape)
-    x = keras.layers.Conv2D(16, 3, padding="same", use_bias=False)(inputs)
-    x = keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9)(x))
-    for filters, strides in ((16, 1), (32, 2), (64, 2)):
-        x = block(block(x, filters, strides), filters)
-    x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, keras.layers.Dense(classes)(x))
-
-
 def trained(train, epochs):
     keras.utils.set_random_seed(0)
     images, labels = train
-    model = residual_network(images.shape[1:], int(labels.max()) + 1)
+    model = networks.resnet(images.shape[1:], int(labels.max()) + 1, depth=14)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(images, labels, batch_size=64, epochs=epochs, verbose=0)
     return model
