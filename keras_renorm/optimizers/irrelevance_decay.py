@@ -86,9 +86,9 @@ class IrrelevanceDecay(OptimizerWrapper):
             # What counts is the gradient of the whole batch, and the inner optimizer will sum over replicas.
             reduced = self._all_reduce_sum_gradients(list(zip(gradients, variables)))
             gradients = [gradient / replicas for gradient, _ in reduced]
-        gamma = self._present_gamma()
+        strength = 2 * self._present_gamma() / replicas
         result = [
-            gradient + self._decay(gradient * replicas, variable, gamma) / replicas
+            gradient + self._decay(gradient, variable, strength, replicas)
             if self._decays[self._get_variable_index(variable)]
             else gradient
             for gradient, variable in zip(gradients, variables)
@@ -96,14 +96,16 @@ class IrrelevanceDecay(OptimizerWrapper):
         self.steps.assign_add(1)
         return result
 
-    def _decay(self, gradient, variable, gamma):
+    def _decay(self, gradient, variable, strength, replicas):
         # Squares of half-precision gradients would be lost.
-        size = ops.cast(ops.abs(gradient), "float32")
-        alpha = self.alpha
+        precise = ops.cast(gradient, "float32")
+        alpha = self.alpha / replicas
         if self.relative:
             # Where no weight of a variable has a gradient, none is relevant.
-            alpha = ops.maximum(alpha * ops.sqrt(ops.mean(ops.square(size))), np.finfo(np.float32).tiny)
-        return ops.cast(2 * gamma * ops.cast(variable, "float32") * ops.exp(-size / alpha), gradient.dtype)
+            alpha = ops.maximum(self.alpha * ops.sqrt(ops.mean(ops.square(precise))), np.finfo(np.float32).tiny)
+        # As few passes over the weights as it takes: whatever has one value for all of them is computed first.
+        decay = ops.exp(ops.abs(precise) * (-1 / alpha)) * ops.cast(variable, "float32") * strength
+        return ops.cast(decay, gradient.dtype)
 
     def _present_gamma(self):
         if self.decay_steps is None:
