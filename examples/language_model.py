@@ -1,10 +1,10 @@
 """A small Transformer language model, pruned with its attention and its embeddings.
 
 Reads a text (by default the help on Python's own syntax, which every installation carries), learns to predict its next
-character, and is then pruned to 80%: in one shot; by magnitude in several steps with training between them; and the same with
-irrelevant-weight regularization (Bonetta and others, arXiv 2204.04977). All have the same steps of training after the dense
-model, whose own training goes on for as long, too. Prints perplexities on the last tenth of the text, and text that the
-pruned model writes.
+character, and is then pruned to 80%: in one shot, before and after training; by magnitude in several steps with training
+between them; and the same with irrelevant-weight regularization (Bonetta and others, arXiv 2204.04977). All have the same steps
+of training after the dense model, whose own training goes on for as long, too. Prints perplexities on the last tenth of the
+text, and text that the pruned model writes.
 
     python examples/language_model.py
     python examples/language_model.py --text tinyshakespeare.txt --steps 2000
@@ -90,8 +90,9 @@ def main():
     parser.add_argument("--steps", type=int, default=600, help="steps of training of the dense model, and again of each way")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--gamma", type=float, default=1e-4)
-    parser.add_argument("--alpha", type=float, default=0.1)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at first; it falls to zero as half a cosine")
+    parser.add_argument("--gamma", type=float, default=3e-5)
+    parser.add_argument("--alpha", type=float, default=1.0)
     arguments = parser.parse_args()
     numbers, characters = read(arguments.text)
     train, rest = np.split(numbers, [int(0.9 * len(numbers))])
@@ -109,7 +110,7 @@ def main():
         return model.fit(x, y, batch_size=arguments.batch, verbose=0)
 
     def adam():
-        return keras.optimizers.Adam(1e-3)
+        return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(arguments.learning_rate, arguments.steps))
 
     dense = compile_with(transformer(len(characters)), adam())
     fit(dense, arguments.steps, seed=2)
@@ -118,7 +119,9 @@ def main():
     results = {"dense": perplexity(dense)}
     print(f"{'dense':36} perplexity {results['dense']:.3f}", flush=True)
 
-    per_round = arguments.steps // arguments.rounds
+    # The last round, at the full sparsity, is half of the training.
+    per_round = arguments.steps // (2 * (arguments.rounds - 1))
+    lengths = [per_round] * (arguments.rounds - 1) + [arguments.steps - per_round * (arguments.rounds - 1)]
     step = 1 - (1 - arguments.sparsity) ** (1 / (arguments.rounds - 1))
     models = {}
 
@@ -129,17 +132,31 @@ def main():
     longer = copy_of(dense, adam())
     fit(longer, arguments.steps, seed=3)
     show("dense, trained on for as long", longer)
-    show("one shot", compile_with(kr.prune(dense, arguments.sparsity), adam()))
+    once = compile_with(kr.prune(dense, arguments.sparsity, criterion="magnitude", allocation="global"), adam())
+    show("one shot, by magnitude", once)
     samples = data(32, seed=3)[0]
-    show("one shot, 1024 samples", compile_with(kr.prune(dense, arguments.sparsity, calibration=samples, verbose=0), adam()))
-    seeds = iter(range(10, 1000))
+    fitted = compile_with(kr.prune(dense, arguments.sparsity, calibration=samples, verbose=0), adam())
+    show("one shot, 1024 samples", fitted)
+    for name, sparse in (("one shot, by magnitude", once), ("one shot, 1024 samples", fitted)):
+        trained = compile_with(kr.to_prunable(sparse, from_zeros=True), adam())
+        fit(trained, arguments.steps, seed=3)
+        show(f"{name}, trained", trained)
     for name, optimizer in (
         ("in steps, by magnitude", adam()),
-        ("in steps, irrelevant weights", kr.optimizers.IrrelevanceDecay(adam(), arguments.gamma, arguments.alpha)),
+        (
+            "in steps, irrelevant weights",
+            kr.optimizers.IrrelevanceDecay(adam(), arguments.gamma, arguments.alpha, decay_steps=per_round),
+        ),
     ):
+        rounds = iter(enumerate(lengths, start=10))
+
+        def train_round(model, rounds=rounds):
+            seed, steps = next(rounds)
+            return fit(model, steps, seed)
+
         found = kr.methods.prune_iteratively(
             copy_of(dense, optimizer),
-            lambda model: fit(model, per_round, next(seeds)),
+            train_round,
             metric="loss",
             floor=100.0,
             step=step,
