@@ -1,6 +1,7 @@
 """Prune Keras models and give them their accuracy back."""
 
 from keras_renorm import callbacks, criteria, export, layers, methods, optimizers, patterns, renorm, schedules
+from keras_renorm.compaction import compact
 from keras_renorm.conversion import strip, to_prunable
 from keras_renorm.export import export_tflite
 from keras_renorm.pruning import prune
@@ -12,6 +13,7 @@ schedules.keep_tf_keras()
 __all__ = [
     "__version__",
     "callbacks",
+    "compact",
     "criteria",
     "export",
     "export_tflite",

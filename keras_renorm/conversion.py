@@ -292,14 +292,15 @@ def rebuild(
             stacklevel=4,
         )
     if compiled:
-        _compile_like(rebuilt, model)
+        compile_like(rebuilt, model)
     for layer in outermost_layers(model):
         if not isinstance(layer, keras.layers.InputLayer):
             _copy_weights(layer, counterparts[id(layer)])
     return rebuilt, counterparts
 
 
-def _compile_like(rebuilt: keras.Model, model: keras.Model) -> None:
+def compile_like(rebuilt: keras.Model, model: keras.Model) -> None:
+    """Compile a model as another one is, with a fresh optimizer."""
     try:
         rebuilt.compile_from_config(model.get_compile_config())
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Which units of a layer are read by what follows it.
+"""Models as graphs of calls, and which units of a layer are read by what follows it.
 
 A unit whose output meets only pruned weights does nothing for the network, and its own weights are the first that can go.
 The walk goes from the outputs of a model back to its inputs and follows channels along the last axis of the tensors.
@@ -8,7 +8,9 @@ Wherever it does not know a layer (a subclass may do anything), it takes everyth
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,7 +21,7 @@ from keras_renorm.layers.masked import MaskedLayer
 L = keras.layers
 
 # Channel i of the output depends on channel i of the input only.
-_CHANNEL_BY_CHANNEL = (
+CHANNEL_BY_CHANNEL = (
     L.Activation,
     L.ReLU,
     L.LeakyReLU,
@@ -62,7 +64,7 @@ _CHANNEL_BY_CHANNEL = (
 )
 _KERNEL_TIMES_CHANNELS = (L.Dense, L.Conv1D, L.Conv2D, L.Conv3D)
 # Others, such as softmax or a function of the user's, may mix channels: whoever reads one output reads them all.
-_ELEMENTWISE_ACTIVATIONS = {
+ELEMENTWISE_ACTIVATIONS = {
     keras.activations.get(name)
     for name in """
         linear relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign tanh sigmoid hard_sigmoid hard_silu
@@ -109,7 +111,7 @@ def walk_back(model: keras.Model, visit: Callable[[keras.Layer, np.ndarray], np.
         if channels is None:
             answers = [None] * len(node.input_tensors)
         elif getattr(layer, "plain_class", type(layer)) in _KERNEL_TIMES_CHANNELS and _by_last_axis(layer):
-            if layer.activation not in _ELEMENTWISE_ACTIVATIONS or calls[id(layer)] > 1:
+            if layer.activation not in ELEMENTWISE_ACTIVATIONS or calls[id(layer)] > 1:
                 channels = np.ones_like(channels)
             if id(operation) not in masks:
                 masks[id(operation)] = visit(operation, channels)
@@ -125,9 +127,9 @@ def walk_back(model: keras.Model, visit: Callable[[keras.Layer, np.ndarray], np.
 def _inputs_read(layer, channels, inputs) -> list[np.ndarray | None]:
     """Which channels of each input a layer without a kernel reads for these channels of its output; `None` = all."""
     kind = type(layer)
-    if kind is L.Activation and layer.activation not in _ELEMENTWISE_ACTIVATIONS:
+    if kind is L.Activation and layer.activation not in ELEMENTWISE_ACTIVATIONS:
         return [None] * len(inputs)
-    if kind in _CHANNEL_BY_CHANNEL and getattr(layer, "data_format", "channels_last") != "channels_first":
+    if kind in CHANNEL_BY_CHANNEL and getattr(layer, "data_format", "channels_last") != "channels_first":
         return [channels] * len(inputs)
     if kind is L.BatchNormalization and layer.axis in (-1, len(inputs[0].shape) - 1):
         return [channels]
@@ -162,3 +164,78 @@ def _nodes_from_the_outputs(model: keras.Model) -> Iterator:
     for tensor in keras.tree.flatten(model.outputs):
         descend(tensor)
     return reversed(ordered)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a layer or an operation.
+
+    Args:
+        operation: the layer or operation.
+        inputs: the tensors that it takes.
+        outputs: the tensors that it makes.
+        node: Keras' record of the call; its own tensors stand for `inputs` and `outputs`.
+        times: how often the operation is called in the whole graph.
+    """
+
+    operation: Any
+    inputs: list
+    outputs: list
+    node: Any
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A Sequential or Functional model as calls, each after those that make its inputs, models within it taken apart.
+
+    `same` gives for the `id` of a tensor of a model within the `id` of the tensor that is passed in or out there.
+    """
+
+    calls: list[Call]
+    same: dict[int, int]
+
+    def canonical(self, tensor: Any) -> int:
+        key = id(tensor)
+        while key in self.same:
+            key = self.same[key]
+        return key
+
+
+def graph_of(model: keras.Model) -> Graph:
+    """The calls of a built Sequential or Functional model. Models that are called more than once stay calls of their own."""
+    nodes: list = []
+    same: dict[int, int] = {}
+    tensors: dict[int, Any] = {}
+
+    def enter(functional):
+        by_depth = functional._nodes_by_depth
+        inner = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+        uses = collections.Counter(id(node.operation) for node in inner)
+        for node in inner:
+            tensors.update((id(tensor), tensor) for tensor in (*node.input_tensors, *node.outputs))
+            within = functional_of(node.operation)
+            if within is None or uses[id(node.operation)] > 1:
+                nodes.append(node)
+                continue
+            same.update((id(key), id(tensor)) for key, tensor in zip(within.inputs, node.input_tensors))
+            enter(within)
+            same.update((id(tensor), id(key)) for tensor, key in zip(node.outputs, within.outputs))
+
+    enter(functional_of(model))
+    graph = Graph([], same)
+    counts = collections.Counter(
+        id(part)
+        for node in nodes
+        for part in (node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else (node.operation,))
+    )
+    for node in nodes:
+        ends = [[tensors[graph.canonical(tensor)] for tensor in side] for side in (node.input_tensors, node.outputs)]
+        graph.calls.append(Call(node.operation, *ends, node, counts[id(node.operation)]))
+    return graph
+
+
+def functional_of(model: Any) -> Functional | None:
+    """The functional graph of a model; `None` for anything else."""
+    found = getattr(model, "_functional", None) if isinstance(model, keras.Sequential) else model
+    return found if isinstance(found, Functional) else None

@@ -19,7 +19,8 @@ ROOMS = [
     ["events"],
     ["layers"],
     ["calibration", "conversion", "graph"],
-    ["sites", "masking", "scoring"],
+    ["sites", "masking", "scoring", "channels"],
+    ["compaction"],
     ["calibrated"],
     ["pruning", "summary", "callbacks", "optimizers"],
     ["rounds"],
@@ -60,6 +61,7 @@ def test_public_surface():
     assert sorted(kr.__all__) == [
         "__version__",
         "callbacks",
+        "compact",
         "criteria",
         "export",
         "export_tflite",

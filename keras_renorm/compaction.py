@@ -1,0 +1,197 @@
+"""Dead units out of the graph: a smaller network that computes the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm import validation
+from keras_renorm.channels import Rule, rule_of
+from keras_renorm.conversion import compile_like, strip
+from keras_renorm.graph import Graph, functional_of, graph_of
+from keras_renorm.layers.masked import masked_layers
+from keras_renorm.tables import format_table
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactedLayer:
+    """A layer that got smaller: shapes of its first weight and its parameters, before and after."""
+
+    layer: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactionReport:
+    """What `keras_renorm.compact` did. Printing it shows a table; `rows` and `left_whole` are the data.
+
+    Attributes:
+        rows: tuple of `CompactedLayer`, those that got smaller.
+        left_whole: names of the layers whose channels it does not know how to follow, so that they and what is next to them
+            keep theirs.
+        parameters_before: of the whole model.
+        parameters_after: likewise.
+    """
+
+    rows: tuple[CompactedLayer, ...]
+    left_whole: tuple[str, ...]
+    parameters_before: int
+    parameters_after: int
+
+    def __str__(self) -> str:
+        cells = [
+            (row.layer, str(row.before), str(row.after), f"{row.parameters_before:,}", f"{row.parameters_after:,}")
+            for row in self.rows
+        ]
+        cells.append(("total", "", "", f"{self.parameters_before:,}", f"{self.parameters_after:,}"))
+        header = ("layer", "weight", "now", "parameters", "now")
+        table = format_table(header, cells, right=(3, 4), total=True)
+        return f"{table}\nLeft whole: {', '.join(self.left_whole)}" if self.left_whole else table
+
+    __repr__ = __str__
+
+
+def compact(model: keras.Model) -> keras.Model:
+    """Remove units that do nothing: a smaller model with the same outputs, faster on every device.
+
+    A unit goes if nothing reads it, or if it is constant (its weights are all zero) and what reads it can take the constant
+    into its bias. Weights that read what is gone go with it. Channels are followed through Dense layers, convolutions of all
+    kinds, normalization, activations, pooling, Flatten, Reshape, Add, Multiply, Concatenate, embeddings, attention and
+    recurrent layers, and models within the model, which are taken apart. Where it comes to a layer that it does not know (your
+    own, or one called in several places), that layer and the channels next to it stay whole, and the report names it.
+
+    The model passed in stays as it is.
+
+    Args:
+        model: a built Sequential or Functional model, plain or with prunable layers.
+
+    Returns:
+        A new model of plain Keras layers. It is compiled if `model` was, with a fresh optimizer. Its attribute
+        `compaction_report` says what got smaller; it is not saved with the model.
+
+    Raises:
+        ValueError: if the model is not built, or not Sequential or Functional.
+        TypeError: if it is not a Keras 3 model.
+
+    Example:
+
+    >>> import keras, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(4)])
+    >>> small = kr.compact(kr.prune(model, 0.5, pattern="unit"))
+    >>> small.count_params() < model.count_params()
+    True
+    """
+    validation.check_model(model)
+    if functional_of(model) is None:
+        raise ValueError(
+            f"Argument `model` must be a Sequential or Functional model. Received: model={model.name} (of type "
+            f"{type(model).__name__}), whose graph cannot be seen from outside."
+        )
+    plain = strip(model) if masked_layers(model) else model
+    graph = graph_of(plain)
+    rules = [rule_of(call) for call in graph.calls]
+    constants, kept = _channels_to_keep(plain, graph, rules)
+    smaller, rows = _rebuild(plain, graph, rules, constants, kept)
+    if model.compiled:
+        compile_like(smaller, model)
+    whole = [rule.layer.name for rule in rules if not rule.known and getattr(rule.layer, "variables", ())]
+    smaller.compaction_report = CompactionReport(
+        tuple(rows), tuple(dict.fromkeys(whole)), plain.count_params(), smaller.count_params()
+    )
+    return smaller
+
+
+def _channels_to_keep(model: keras.Model, graph: Graph, rules: list[Rule]) -> tuple[dict, dict]:
+    """By the `id` of each tensor: the values of its constant channels, and which channels are kept."""
+    functional = functional_of(model)
+    tensors = {id(tensor): tensor for rule in rules for tensor in (*rule.call.inputs, *rule.call.outputs)}
+    tensors.update((id(tensor), tensor) for tensor in functional.inputs)
+    sizes = {key: (tensor.shape[-1] or 1) if len(tensor.shape) else 1 for key, tensor in tensors.items()}
+    constants = {key: np.full(size, np.nan) for key, size in sizes.items()}
+    for rule in rules:
+        made = rule.constants([constants[id(tensor)] for tensor in rule.call.inputs])
+        constants.update(zip(map(id, rule.call.outputs), made))
+    needed = {key: np.zeros(size, bool) for key, size in sizes.items()}
+    for tensor in (*functional.inputs, *functional.outputs):
+        needed[graph.canonical(tensor)][:] = True
+    for rule in reversed(rules):
+        ends = [needed[id(tensor)] for tensor in rule.call.outputs], [constants[id(tensor)] for tensor in rule.call.inputs]
+        for tensor, flags in zip(rule.call.inputs, rule.reads(*ends)):
+            needed[id(tensor)] |= flags
+    return constants, _agree(rules, needed)
+
+
+def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Keep more until every layer can do with what is kept on its two sides."""
+    while True:
+        before = sum(int(flags.sum()) for flags in kept.values())
+        for flags in kept.values():
+            if not flags.any():
+                flags[0] = True
+        for rule in (*reversed(rules), *rules):
+            sides = [[kept[id(tensor)] for tensor in side] for side in (rule.call.inputs, rule.call.outputs)]
+            for side, answers in zip((rule.call.inputs, rule.call.outputs), rule.tie(*sides)):
+                for tensor, flags in zip(side, answers):
+                    kept[id(tensor)] = kept[id(tensor)] | flags
+        if sum(int(flags.sum()) for flags in kept.values()) == before:
+            return kept
+
+
+def _rebuild(model, graph: Graph, rules: list[Rule], constants: dict, kept: dict) -> tuple[keras.Model, list[CompactedLayer]]:
+    functional = functional_of(model)
+    inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name) for tensor in functional.inputs]
+    made = dict(zip(map(id, functional.inputs), inputs))
+    remade: dict[int, tuple[Any, list]] = {}
+    names: set[str] = set()
+    for rule in rules:
+        call = rule.call
+        if id(call.operation) not in remade:
+            flags = [[kept[id(tensor)] for tensor in side] for side in (call.inputs, call.outputs)]
+            remade[id(call.operation)] = rule.remake(*flags, [constants[id(tensor)] for tensor in call.inputs])
+            _give_a_name(remade[id(call.operation)][0], names)
+        layer, _ = remade[id(call.operation)]
+        values = {id(key): made[id(tensor)] for key, tensor in zip(call.node.input_tensors, call.inputs)}
+        args, kwargs = call.node.arguments.fill_in(values)
+        made.update(zip(map(id, call.outputs), keras.tree.flatten(layer(*args, **kwargs))))
+    rows = []
+    for rule in rules:
+        layer, values = remade.pop(id(rule.layer), (None, None))
+        if layer is not None and isinstance(layer, keras.Layer):
+            for variable, value in zip(layer.variables, values, strict=True):
+                variable.assign(value)
+            if layer.count_params() < rule.layer.count_params():
+                shapes = [tuple(one.variables[0].shape) for one in (rule.layer, layer)]
+                rows.append(CompactedLayer(layer.name, *shapes, rule.layer.count_params(), layer.count_params()))
+    if isinstance(model, keras.Sequential) and all(len(rule.call.inputs) == 1 for rule in rules):
+        layers = [tensor._keras_history.operation for tensor in _chain(made, functional.outputs[0], graph)]
+        return keras.Sequential([inputs[0], *layers], name=model.name), rows
+    ends = [
+        keras.tree.map_structure(lambda tensor: made[graph.canonical(tensor)], structure)
+        for structure in (functional._inputs_struct, functional._outputs_struct)
+    ]
+    return keras.Model(*ends, name=model.name), rows
+
+
+def _chain(made: dict, output: Any, graph: Graph) -> list:
+    """The tensors of a model in which each is made from the one before, without its input."""
+    chain, tensor = [], made[graph.canonical(output)]
+    while not isinstance(tensor._keras_history.operation, keras.layers.InputLayer):
+        chain.append(tensor)
+        operation, index, _ = tensor._keras_history
+        (tensor,) = operation._inbound_nodes[index].input_tensors
+    return chain[::-1]
+
+
+def _give_a_name(layer: Any, names: set[str]) -> None:
+    """Layers of models that were taken apart may have the same names."""
+    name, number = layer.name, 1
+    while layer.name in names:
+        layer.name = f"{name}_{number}"
+        number += 1
+    names.add(layer.name)

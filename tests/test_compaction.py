@@ -1,0 +1,448 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_renorm as kr
+
+L = keras.layers
+
+
+def randomize(model, seed=0):
+    generator = np.random.default_rng(seed)
+    for variable in model.variables:
+        if "float" in keras.backend.standardize_dtype(variable.dtype):
+            value = generator.standard_normal(variable.shape) * (0.5 if len(variable.shape) > 1 else 1)
+            variable.assign(np.abs(value) + 0.3 if "variance" in variable.name else value)
+    return model
+
+
+def kill(layer, units, biases=True):
+    """Take all weights of some units (along the last axis) away, and their biases."""
+    for variable in layer.trainable_variables[: None if biases else 1]:
+        value = ops.convert_to_numpy(variable).copy()
+        value[..., units] = 0
+        variable.assign(value)
+
+
+def deafen(layer, inputs):
+    """Take all weights that read some inputs away."""
+    value = ops.convert_to_numpy(layer.kernel).copy()
+    value[..., inputs, :] = 0
+    layer.kernel.assign(value)
+
+
+def samples(model, count=5, seed=1):
+    generator = np.random.default_rng(seed)
+    made = []
+    for tensor in model.inputs:
+        if "int" in tensor.dtype:
+            made.append(generator.integers(0, 5, (count, *tensor.shape[1:])).astype(tensor.dtype))
+        else:
+            made.append(generator.standard_normal((count, *tensor.shape[1:])).astype("float32"))
+    return made if len(made) > 1 else made[0]
+
+
+def same_outputs(model, small):
+    x = samples(model)
+    before, after = (keras.tree.flatten(one(x, training=False)) for one in (model, small))
+    for one, other in zip(before, after, strict=True):
+        one, other = ops.convert_to_numpy(one), ops.convert_to_numpy(other)
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(one).max()))
+
+
+def check(model, sizes):
+    """Compact, compare the outputs, and compare the shapes of the first weights of some layers."""
+    before = [weight.copy() for weight in model.get_weights()]
+    small = kr.compact(model)
+    same_outputs(model, small)
+    assert {name: tuple(small.get_layer(name).variables[0].shape) for name in sizes} == sizes
+    assert all(np.array_equal(one, other) for one, other in zip(before, model.get_weights()))
+    return small
+
+
+def sequential(shape, *layers, dtype="float32"):
+    return randomize(keras.Sequential([keras.Input(shape, dtype=dtype), *layers]))
+
+
+# What goes.
+
+
+def test_units_that_nothing_reads():
+    model = sequential((4,), L.Dense(6, "relu", name="a"), L.Dense(5, "tanh", name="b"), L.Dense(3, name="c"))
+    deafen(model.get_layer("b"), [0, 2])
+    deafen(model.get_layer("c"), [4])
+    small = check(model, {"a": (4, 4), "b": (4, 4), "c": (4, 3)})
+    assert type(small) is keras.Sequential
+    assert small.name == model.name
+
+
+def test_what_only_dead_units_read_goes_too():
+    model = sequential((4,), L.Dense(3, "relu", name="a"), L.Dense(2, "relu", name="b"), L.Dense(3, name="c"))
+    kernel = np.array([[1, 0], [0, 1], [1, 1]], "float32")
+    model.get_layer("b").kernel.assign(kernel)
+    deafen(model.get_layer("c"), [0])
+    check(model, {"a": (4, 2), "b": (2, 1), "c": (1, 3)})
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "gelu", None])
+def test_constants_move_into_the_bias(activation):
+    model = sequential(
+        (4,), L.Dense(6, activation, name="a"), L.Dense(5, "relu", use_bias=False, name="b"), L.Dense(3, name="c")
+    )
+    kill(model.get_layer("a"), [1, 3], biases=False)
+    small = check(model, {"a": (4, 4), "b": (4, 5)})
+    assert small.get_layer("b").use_bias
+
+
+def test_constants_of_constants():
+    model = sequential((4,), L.Dense(3, "relu", name="a"), L.Dense(2, "tanh", name="b"), L.Dense(3, name="c"))
+    kill(model.get_layer("a"), [0], biases=False)
+    model.get_layer("b").kernel.assign([[1, 1], [0, 1], [0, 1]])
+    check(model, {"a": (4, 2), "b": (2, 1), "c": (1, 3)})
+
+
+def test_a_layer_keeps_one_unit_at_least():
+    model = sequential((4,), L.Dense(3, "relu", name="a"), L.Dense(2, name="b"))
+    kill(model.get_layer("a"), slice(None), biases=False)
+    check(model, {"a": (4, 1), "b": (1, 2)})
+
+
+def test_outputs_stay_whatever_they_are():
+    model = sequential((4,), L.Dense(3, name="a"), L.Dense(3, name="b"))
+    kill(model.get_layer("b"), [1])
+    check(model, {"a": (4, 3), "b": (3, 3)})
+
+
+def test_softmax_in_between_needs_all_units():
+    model = sequential((4,), L.Dense(4, "softmax", name="a"), L.Dense(2, name="b"))
+    deafen(model.get_layer("b"), [1])
+    kill(model.get_layer("a"), [2])
+    check(model, {"a": (4, 4)})
+
+
+# Kinds of layers: a dead second channel of "a" goes through to "b", in the middle what is tested.
+BETWEEN = {
+    "nothing": ((8, 8, 3), lambda: []),
+    "normalization": ((8, 8, 3), lambda: [L.BatchNormalization(), L.ReLU()]),
+    "activations": ((8, 8, 3), lambda: [L.LeakyReLU(), L.ELU(), L.Activation("swish"), L.PReLU(shared_axes=[1, 2])]),
+    "prelu": ((8, 8, 3), lambda: [L.PReLU()]),
+    "max pooling": ((8, 8, 3), lambda: [L.MaxPooling2D(padding="same", strides=3)]),
+    "average pooling": ((8, 8, 3), lambda: [L.AveragePooling2D(3, padding="same", strides=2)]),
+    "upsampling, cropping": ((8, 8, 3), lambda: [L.UpSampling2D(), L.Cropping2D(1), L.SpatialDropout2D(0.5), L.Dropout(0.5)]),
+    "padding": ((8, 8, 3), lambda: [L.ZeroPadding2D(1)]),
+    "reshape": ((8, 8, 3), lambda: [L.Reshape((4, 16, 4))]),
+    "rescaling": ((8, 8, 3), lambda: [L.Rescaling(2.0, 0.5)]),
+    "identity": ((8, 8, 3), lambda: [L.Identity(), L.GaussianNoise(0.1)]),
+}
+
+
+@pytest.mark.parametrize("how", ["unread", "zero", "constant"])
+@pytest.mark.parametrize("name", list(BETWEEN))
+def test_channels_go_through(name, how):
+    shape, layers = BETWEEN[name]
+    model = sequential(shape, L.Conv2D(4, 3, padding="same", name="a"), *layers(), L.Conv2D(5, 3, name="b"))
+    if how == "unread":
+        deafen(model.get_layer("b"), [1])
+    else:
+        kill(model.get_layer("a"), [1], biases=how == "zero")
+    # What is padded with zeros and what has a slope for each place is no longer constant.
+    stays = (how == "constant" and name in ("padding",)) or (how == "constant" and name == "prelu" and _negative(model))
+    check(model, {"a": (3, 3, 3, 4 if stays else 3), "b": (3, 3, 4 if stays else 3, 5)})
+
+
+def _negative(model):
+    return float(model.get_layer("a").bias[1]) < 0
+
+
+def test_constants_at_the_edge_of_a_padded_convolution_stay():
+    model = sequential((6, 6, 2), L.Conv2D(4, 1, name="a"), L.Conv2D(3, 3, padding="same", name="b"))
+    kill(model.get_layer("a"), [1], biases=False)
+    check(model, {"a": (1, 1, 2, 4)})
+    kill(model.get_layer("a"), [1])
+    check(model, {"a": (1, 1, 2, 3), "b": (3, 3, 3, 3)})
+
+
+KERNELS = {
+    "conv1d": ((9, 3), lambda units, name: L.Conv1D(units, 3, name=name)),
+    "conv1d causal": ((9, 3), lambda units, name: L.Conv1D(units, 3, padding="causal", dilation_rate=2, name=name)),
+    "conv2d": ((7, 7, 3), lambda units, name: L.Conv2D(units, 3, strides=2, padding="same", name=name)),
+    "conv3d": ((5, 5, 5, 3), lambda units, name: L.Conv3D(units, 2, name=name)),
+    "conv2d transposed": ((4, 4, 3), lambda units, name: L.Conv2DTranspose(units, 3, strides=2, padding="same", name=name)),
+    "conv1d transposed": ((4, 3), lambda units, name: L.Conv1DTranspose(units, 3, name=name)),
+    "separable": ((7, 7, 3), lambda units, name: L.SeparableConv2D(units, 3, depth_multiplier=2, name=name)),
+    "separable same": ((7, 7, 3), lambda units, name: L.SeparableConv2D(units, 3, padding="same", name=name)),
+    "separable 1d": ((7, 3), lambda units, name: L.SeparableConv1D(units, 3, name=name)),
+    "dense": ((7, 3), lambda units, name: L.Dense(units, name=name)),
+    "einsum": ((7, 3), lambda units, name: L.EinsumDense("xya,ab->xyb", (None, units), bias_axes="b", name=name)),
+    "einsum without bias": ((7, 3), lambda units, name: L.EinsumDense("...a,ab->...b", units, name=name)),
+}
+
+
+@pytest.mark.parametrize("how", ["unread", "zero", "constant"])
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_kernels_of_every_kind(name, how):
+    """Twice the same kind in a row, with the channels of the first one and of the second one dead."""
+    shape, make = KERNELS[name]
+    model = sequential(
+        shape, make(5, "a"), L.ReLU(), make(6, "b"), L.GlobalMaxPooling1D() if len(shape) == 2 else L.Flatten(), L.Dense(4)
+    )
+    a, b = model.get_layer("a"), model.get_layer("b")
+    axis = -2 if "transposed" in name else -1
+    for layer, dead in ((a, [1, 2]), (b, [0])):
+        kernel = getattr(layer, "pointwise_kernel", getattr(layer, "kernel", None))
+        value = np.moveaxis(ops.convert_to_numpy(kernel).copy(), axis, -1)
+        if how != "unread":
+            value[..., dead] = 0
+        kernel.assign(np.moveaxis(value, -1, axis))
+        if how == "zero" and layer.bias is not None:
+            bias = ops.convert_to_numpy(layer.bias).copy()
+            bias[dead] = 0
+            layer.bias.assign(bias)
+    if how == "unread":
+        kernel = b.depthwise_kernel if "separable" in name else b.kernel
+        value = np.moveaxis(ops.convert_to_numpy(kernel).copy(), -1 if "transposed" in name else -2, 0)
+        value[[1, 2]] = 0
+        kernel.assign(np.moveaxis(value, 0, -1 if "transposed" in name else -2))
+    small = kr.compact(model)
+    same_outputs(model, small)
+    padded = any(word in name for word in ("same", "causal", "transposed")) or name == "conv2d"
+    if how in ("unread", "zero") or not padded:
+        assert small.get_layer("a").count_params() < a.count_params()
+        assert small.get_layer("b").count_params() < b.count_params()
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("how", ["unread", "zero", "constant", "depthwise"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_depthwise_convolutions(multiplier, how, padding):
+    depthwise = L.DepthwiseConv2D(3, depth_multiplier=multiplier, padding=padding, activation="relu", name="d")
+    model = sequential((6, 6, 3), L.Conv2D(4, 1, name="a"), depthwise, L.Conv2D(5, 1, name="b"))
+    if how == "unread":
+        deafen(model.get_layer("b"), np.arange(multiplier, 2 * multiplier))
+    elif how == "depthwise":
+        kernel = ops.convert_to_numpy(depthwise.kernel).copy()
+        kernel[:, :, 1] = 0
+        depthwise.kernel.assign(kernel)
+    else:
+        kill(model.get_layer("a"), [1], biases=how == "zero")
+    left = 4 if how == "constant" and padding == "same" else 3
+    check(model, {"a": (1, 1, 3, left), "d": (3, 3, left, multiplier), "b": (1, 1, left * multiplier, 5)})
+
+
+def test_flatten_and_the_way_back():
+    model = sequential(
+        (4, 4, 2), L.Conv2D(3, 3, name="a"), L.Flatten(), L.Dense(12, name="b"), L.Reshape((2, 2, 3)), L.Conv2D(2, 1, name="c")
+    )
+    deafen(model.get_layer("c"), [2])
+    kernel = ops.convert_to_numpy(model.get_layer("b").kernel).copy().reshape(4, 3, 12)
+    kernel[:, 0] = 0
+    model.get_layer("b").kernel.assign(kernel.reshape(12, 12))
+    check(model, {"a": (3, 3, 2, 2), "b": (8, 8), "c": (1, 1, 2, 2)})
+
+
+def test_embeddings():
+    model = sequential((6,), L.Embedding(5, 4, name="words"), L.Dense(3, name="b"), dtype="int32")
+    deafen(model.get_layer("b"), [1])
+    table = ops.convert_to_numpy(model.get_layer("words").embeddings).copy()
+    table[:, 2] = 0.5
+    model.get_layer("words").embeddings.assign(table)
+    check(model, {"words": (5, 2), "b": (2, 3)})
+
+
+@pytest.mark.parametrize("kind", [L.LSTM, L.GRU, L.SimpleRNN])
+def test_recurrent_layers_read_less(kind):
+    model = sequential((6, 3), L.Dense(5, name="a"), kind(4, return_sequences=True, name="rnn"), L.Dense(2, name="b"))
+    cell = model.get_layer("rnn").cell
+    kernel = ops.convert_to_numpy(cell.kernel).copy()
+    kernel[[0, 3]] = 0
+    cell.kernel.assign(kernel)
+    check(model, {"a": (3, 3), "rnn": (3, kernel.shape[1])})
+
+
+def attention_model(**arguments):
+    query, value = keras.Input((5, 3)), keras.Input((4, 3))
+    q, v = L.Dense(6, name="q")(query), L.Dense(7, name="v")(value)
+    x = L.MultiHeadAttention(3, 4, value_dim=5, name="attention", **arguments)(q, v)
+    return randomize(keras.Model([query, value], L.Dense(2, name="b")(x)))
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(use_bias=False), dict(output_shape=8)], ids=str)
+def test_attention(arguments):
+    model = attention_model(**arguments)
+    attention = model.get_layer("attention")
+    for part, inputs in ((attention.query_dense, [1]), (attention.key_dense, [2, 3]), (attention.value_dense, [2, 4])):
+        kernel = ops.convert_to_numpy(part.kernel).copy()
+        kernel[inputs] = 0
+        part.kernel.assign(kernel)
+    output = ops.convert_to_numpy(attention.output_dense.kernel).copy()
+    output[0] = 0
+    attention.output_dense.kernel.assign(output)
+    deafen(model.get_layer("b"), [4])
+    small = check(model, {"q": (3, 5), "v": (3, 6)})
+    assert small.get_layer("attention").query_dense.kernel.shape == (5, 2, 4)
+    assert small.get_layer("attention").output_dense.kernel.shape[-1] == output.shape[-1] - 1
+
+
+# Graphs.
+
+
+def residual(merge):
+    inputs = keras.Input((6, 6, 3))
+    a = L.Conv2D(4, 3, padding="same", name="a")(inputs)
+    b = L.BatchNormalization()(L.Conv2D(4, 3, padding="same", use_bias=False, name="b")(inputs))
+    x = L.ReLU()(merge([a, b]))
+    c = L.Conv2D(x.shape[-1], 3, padding="same", name="c")(x)
+    x = merge([x, c])
+    return randomize(keras.Model(inputs, L.Dense(2, name="d")(L.GlobalAveragePooling2D()(x))))
+
+
+@pytest.mark.parametrize("merge", [L.Add, L.Subtract, L.Multiply, L.Average, L.Maximum, L.Minimum])
+def test_merged_channels_go_together(merge):
+    model = residual(lambda operands: merge()(operands))
+    deafen(model.get_layer("c"), [1, 2])
+    deafen(model.get_layer("d"), [2])
+    check(model, {"a": (3, 3, 3, 3), "b": (3, 3, 3, 3), "c": (3, 3, 3, 3), "d": (3, 2)})
+
+
+def test_concatenated_channels_go_alone():
+    model = residual(lambda operands: L.Concatenate()(operands))
+    deafen(model.get_layer("c"), [1, 6])
+    deafen(model.get_layer("d"), [1, 8, 15])
+    check(model, {"a": (3, 3, 3, 3), "b": (3, 3, 3, 4), "c": (3, 3, 7, 6), "d": (13, 2)})
+
+
+def test_a_closed_gate_closes_what_it_multiplies():
+    """Squeeze and excitation with a hard gate that is zero for one channel."""
+    inputs = keras.Input((6, 6, 3))
+    x = L.Conv2D(4, 3, name="a")(inputs)
+    gate = L.Dense(4, "relu", name="gate")(L.GlobalAveragePooling2D(keepdims=True)(x))
+    model = randomize(keras.Model(inputs, L.Conv2D(2, 1, name="b")(L.Multiply()([x, gate]))))
+    kill(model.get_layer("gate"), [2])
+    deafen(model.get_layer("gate"), [2])
+    check(model, {"a": (3, 3, 3, 3), "gate": (3, 3), "b": (1, 1, 3, 2)})
+
+
+def test_operations_and_broadcasts():
+    inputs = keras.Input((6, 3))
+    x = L.Dense(4, name="a")(inputs)
+    y = x + L.Dense(4, name="b")(inputs)
+    y = y * L.Dense(1, name="one")(inputs) - 0.5
+    model = randomize(keras.Model(inputs, L.Dense(2, name="c")(y)))
+    deafen(model.get_layer("c"), [3])
+    check(model, {"a": (3, 3), "b": (3, 3), "one": (3, 1), "c": (3, 2)})
+
+
+def test_models_within_models():
+    inner_input = keras.Input((5,))
+    inner = keras.Model(inner_input, L.Dense(4, "relu", name="a")(L.Dense(3, "relu", name="b")(inner_input)), name="inner")
+    block = keras.Sequential([keras.Input((4,)), L.Dense(6, "relu", name="a"), L.Dense(3, name="c")], name="block")
+    inputs = keras.Input((4,))
+    model = randomize(keras.Model(inputs, L.Dense(2, name="d")(block(inner(L.Dense(5, "relu", name="e")(inputs))))))
+    deafen(inner.get_layer("a"), [1])
+    deafen(inner.get_layer("b"), [0, 4])
+    deafen(block.get_layer("c"), [5])
+    check(model, {"e": (4, 3), "b": (3, 2), "a": (2, 4), "a_1": (4, 5), "c": (5, 3)})
+
+
+def test_several_inputs_and_outputs_as_dicts():
+    one, other = keras.Input((4,), name="one"), keras.Input((3,), name="other")
+    x = L.Dense(6, "relu", name="a")(L.Concatenate()([one, other]))
+    model = keras.Model({"one": one, "other": other}, {"y": L.Dense(2, name="b")(x), "z": L.Dense(1, name="c")(x)})
+    randomize(model)
+    deafen(model.get_layer("b"), [0, 1])
+    deafen(model.get_layer("c"), [1, 2])
+    small = kr.compact(model)
+    assert small.get_layer("a").kernel.shape == (7, 5)
+    x = {"one": np.ones((2, 4), "float32"), "other": np.ones((2, 3), "float32")}
+    for key, value in model(x).items():
+        np.testing.assert_allclose(ops.convert_to_numpy(value), ops.convert_to_numpy(small(x)[key]), atol=1e-5)
+
+
+# What it does not know.
+
+
+class Own(keras.Layer):
+    def call(self, x):
+        return x[..., ::-1]
+
+
+def test_what_it_does_not_know_stays_whole():
+    shared = L.Dense(4, "relu", name="shared")
+    inputs = keras.Input((4,))
+    x = shared(shared(inputs))
+    x = Own()(L.Dense(5, name="a")(x))
+    model = randomize(keras.Model(inputs, L.Dense(2, name="b")(L.Dense(6, name="c")(x))))
+    deafen(model.get_layer("a"), [1])
+    deafen(model.get_layer("c"), [2])
+    deafen(model.get_layer("b"), [0])
+    small = check(model, {"shared": (4, 4), "a": (4, 5), "c": (5, 5), "b": (5, 2)})
+    assert small.compaction_report.left_whole == ("shared",)
+    assert "Left whole: shared" in str(small.compaction_report)
+
+
+@pytest.mark.parametrize("layer", [lambda: L.Conv2D(4, 3, groups=2, name="g"), lambda: L.LayerNormalization(name="g")])
+def test_groups_and_layer_normalization_stay_whole(layer):
+    model = sequential((6, 6, 2), L.Conv2D(4, 3, name="a"), layer(), L.Conv2D(2, 1, name="b"))
+    deafen(model.get_layer("b"), [1])
+    small = check(model, {"a": (3, 3, 2, 4), "b": (1, 1, 4, 2)})
+    assert small.compaction_report.left_whole == ("g",)
+
+
+def test_subclassed_models_are_refused():
+    class Mine(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer = L.Dense(2)
+
+        def call(self, x):
+            return self.layer(x)
+
+    model = Mine()
+    model(np.ones((1, 3)))
+    with pytest.raises(ValueError, match="must be a Sequential or Functional model"):
+        kr.compact(model)
+    with pytest.raises(TypeError, match=r"must be a `keras.Model`"):
+        kr.compact("model")
+
+
+# Together with the rest.
+
+
+def test_prunable_layers_report_and_saving(tmp_path):
+    model = sequential((8,), L.Dense(16, "relu", name="a"), L.Dense(12, "relu", name="b"), L.Dense(3, name="c"))
+    model.compile("adam", "mse")
+    prunable = kr.to_prunable(model, layers=["a", "b"], pattern="unit", renormalize="l2")
+    for name, sparsity in (("a", 0.5), ("b", 0.25)):
+        prunable.get_layer(name).update_masks(sparsity)
+    small = check(prunable, {"a": (8, 8), "b": (8, 9), "c": (9, 3)})
+    assert small.compiled
+    report = small.compaction_report
+    assert (report.parameters_before, report.parameters_after) == (16 * 9 + 17 * 12 + 39, 8 * 9 + 9 * 9 + 30)
+    assert next((row.layer, row.before, row.after) for row in report.rows) == ("a", (8, 16), (8, 8))
+    assert "total" in str(report)
+    small.save(tmp_path / "small.keras")
+    same_outputs(prunable, keras.models.load_model(tmp_path / "small.keras"))
+
+
+def test_nothing_to_remove():
+    model = sequential((8,), L.Dense(16, "relu"), L.Dense(3))
+    small = kr.compact(model)
+    same_outputs(model, small)
+    assert small.compaction_report.rows == ()
+    assert small.count_params() == model.count_params()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_residual_networks(seed):
+    """Unit pruning of a residual network and whatever constants it leaves: the same outputs, fewer parameters."""
+    generator = np.random.default_rng(seed)
+    model = residual(lambda operands: (L.Add if seed % 2 else L.Concatenate)()(operands))
+    dead = generator.permutation(4)[:2]
+    for name in "abc":
+        kill(model.get_layer(name), dead, biases=bool(seed // 2))
+    # At the edges of a padded convolution a constant is not one.
+    deafen(model.get_layer("c"), dead)
+    small = kr.compact(model)
+    same_outputs(model, small)
+    assert small.count_params() < model.count_params()
