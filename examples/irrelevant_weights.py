@@ -47,6 +47,11 @@ def compiled(network, way, shape, classes, seed, arguments):
     return model
 
 
+def annealed(epochs):
+    """The learning rate falls to zero over the epochs of a training, each time."""
+    return keras.callbacks.LearningRateScheduler(lambda epoch: 1e-3 * (1 - epoch / epochs))
+
+
 def split(train, seed=0, share=0.1):
     """Training and validation images, the same for every seed of the network."""
     x, y = train
@@ -61,8 +66,10 @@ def run(name, network, way, seed, arguments):
     (x, y), validation = split(train)
     model = compiled(network, way, x.shape[1:], int(y.max()) + 1, seed, arguments)
     batch = 128 if len(x) > 10_000 else 16
-    model.fit(x, y, batch_size=batch, epochs=arguments.dense_epochs, verbose=0)
-    fit = dict(x=x, y=y, batch_size=batch, epochs=arguments.epochs, validation_data=validation, validation_batch_size=1000)
+    dense_epochs, epochs = arguments.dense_epochs, arguments.epochs
+    model.fit(x, y, batch_size=batch, epochs=dense_epochs, verbose=0, callbacks=[annealed(dense_epochs)])
+    fit = dict(x=x, y=y, batch_size=batch, epochs=epochs, callbacks=[annealed(epochs)])
+    fit.update(validation_data=validation, validation_batch_size=1000)
     slug = f"{name}-{network}-{way.replace(' ', '_')}-{seed}"
     started = time.monotonic()
     found = kr.methods.prune_iteratively(
@@ -124,15 +131,15 @@ def main():
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--floor", type=float, default=0.95)
-    parser.add_argument("--dense-epochs", type=int, default=5, help="of training before the first round")
-    parser.add_argument("--epochs", type=int, default=4, help="of a round, at most: it ends as soon as the floor is held")
+    parser.add_argument("--dense-epochs", type=int, default=10, help="of training before the first round")
+    parser.add_argument("--epochs", type=int, default=10, help="of a round, at most: it ends as soon as the floor is held")
     parser.add_argument("--step", type=float, default=0.2)
     parser.add_argument("--smallest-step", type=float, default=0.02)
-    parser.add_argument("--gamma", type=float, default=1e-3)
-    parser.add_argument("--alpha", type=float, default=0.1)
+    parser.add_argument("--gamma", type=float, default=3e-4)
+    parser.add_argument("--alpha", type=float, default=3.0)
     parser.add_argument("--decay-steps", type=int, default=None)
     parser.add_argument("--raw-gradients", action="store_true", help="compare |g| with alpha itself, as the paper")
-    parser.add_argument("--l2", type=float, default=1e-4)
+    parser.add_argument("--l2", type=float, default=3e-4)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
     (arguments.out / "irrelevant_weights").mkdir(exist_ok=True, parents=True)
