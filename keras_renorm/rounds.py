@@ -151,7 +151,7 @@ def run_rounds(
     goal = plan.goal
     if model.compiled and model.optimizer:
         model.optimizer.build(model.trainable_variables)
-    fresh = [ops.convert_to_numpy(variable) for variable in _optimizer_variables(model)]
+    fresh = [_copy(variable) for variable in _optimizer_variables(model)]
     folder = Folder(directory, model, dict(settings or {})) if directory else None
     state = folder.read() if folder else None
     if state is None:
@@ -214,9 +214,7 @@ class State:
     def accept(self, row: Round, model: keras.Model) -> None:
         """Go on from the model as it is now."""
         self.history.append(row)
-        # Half-precision values as float32, which holds them all and which every file format knows.
-        values = [ops.convert_to_numpy(variable) for variable in _variables(model)]
-        self.values = [value.astype("float32" if value.dtype.kind == "V" else value.dtype) for value in values]
+        self.values = [_copy(variable) for variable in _variables(model)]
 
     def reject(self, row: Round, model: keras.Model) -> None:
         """Go back to the last model that held, and halve the step."""
@@ -323,6 +321,15 @@ def _restart(optimizer: Any) -> None:
         if isinstance(optimizer, IrrelevanceDecay):
             optimizer.restart()
         optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def _copy(variable: keras.Variable) -> np.ndarray:
+    """Its value, in memory of its own: on PyTorch an array may share the variable's.
+
+    Half-precision values come as float32, which holds them all and which every file format knows.
+    """
+    value = ops.convert_to_numpy(variable)
+    return np.array(value, "float32" if value.dtype.kind == "V" else value.dtype)
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:

@@ -299,4 +299,4 @@ def _early_weights(model: keras.Model, rewind: keras.Model | None) -> list[tuple
             "Argument `rewind` must be a model of the same architecture. Received: a model whose weights have the shapes "
             f"{shapes[1]}, where `model` has {shapes[0]}."
         )
-    return [(variable, ops.convert_to_numpy(value)) for variable, value in zip(plain, early)]
+    return [(variable, np.array(ops.convert_to_numpy(value))) for variable, value in zip(plain, early)]

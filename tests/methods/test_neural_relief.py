@@ -210,8 +210,7 @@ def test_layers_that_samples_do_not_serve_stay():
 
 
 def test_data_of_every_kind():
-    import tensorflow as tf
-
+    tf = pytest.importorskip("tensorflow")
     model = make()
     expected = without_training(model, X).model.get_weights()
     for data in (tf.data.Dataset.from_tensor_slices((X, Y)).batch(100), (X[i : i + 64] for i in range(0, 256, 64))):
