@@ -179,6 +179,9 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
             )
         if site.has_intercept:
             new_bias = moments.intercept(fitted)
+        if isinstance(rule.pattern, patterns.Unit) and site.target:
+            # What comes after makes up for what is gone, constants included.
+            new_bias = np.where(mask.any(axis=1), new_bias, 0)
     elif rule.renormalize is not None:
         fitted = kept * rule.renormalize(matrix, kept, (1,))
     kernel = site.pruned.kernel
@@ -189,6 +192,8 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
         mean = mean + new_bias
     if site.normalization is not None:
         _adjust(site.normalization[1], mean, moments.output_power(fitted), moments)
+        if isinstance(rule.pattern, patterns.Unit) and site.target:
+            silence_normalization(site.normalization[1], ~mask.any(axis=1).reshape(-1))
     layer = site.target.layer if site.target else site.pruned
     return LayerReport(
         layer=layer.name,
@@ -205,6 +210,8 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
 
 def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes | None, rule: Rule) -> np.ndarray:
     shape, target = tuple(site.pruned.kernel.shape), site.target
+    if target.keep is not None:
+        return site.view.to_matrix(target.keep)
     # What comes from an input that never varies can move into the bias, so its weights go first.
     constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
 
@@ -217,6 +224,13 @@ def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes 
     if isinstance(rule.criterion, CalibratedCriterion):
         return rule.criterion.select(matrix, moments if sizes is None else sizes, mask_of)
     return mask_of(site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.dense.kernel).astype(np.float32))))
+
+
+def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarray) -> None:
+    """Let a BatchNormalization give zero for dead features, whose input is zero."""
+    for variable in (layer.gamma, layer.beta, layer.moving_mean):
+        if variable is not None:
+            variable.assign(np.where(dead, 0, ops.convert_to_numpy(variable)))
 
 
 def _adjust(layer: keras.layers.BatchNormalization, mean: np.ndarray, variance: np.ndarray, moments: Moments) -> None:

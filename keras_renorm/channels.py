@@ -7,6 +7,7 @@ is a row of `_KINDS`, and a class here if it is like none of the others.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from keras import ops
 from keras.src.ops import numpy as operations
 
 from keras_renorm.conversion import copy_layer
-from keras_renorm.graph import CHANNEL_BY_CHANNEL, ELEMENTWISE_ACTIVATIONS, Call
+from keras_renorm.graph import CHANNEL_BY_CHANNEL, ELEMENTWISE_ACTIVATIONS, Call, functional_of, graph_of
 
 L = keras.layers
 
@@ -426,6 +427,57 @@ def rule_of(call: Call) -> Rule:
         return Rule(call)
     kind = make(call) if isinstance(make, type) else (make(call) or Rule)(call)
     return kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Ties:
+    """Which kernels make channels that have to come and go together.
+
+    Args:
+        groups: by the `id` of a kernel's variable, a number that kernels share whose units meet in sums or products.
+        of_outputs: the numbers of those whose units are, channel by channel, outputs of the model.
+        normalizations: by the `id` of a kernel's variable, the BatchNormalization layers that take what it makes.
+    """
+
+    groups: dict[int, int]
+    of_outputs: set[int]
+    normalizations: dict[int, list[keras.Layer]]
+
+
+def find_ties(model: keras.Model) -> Ties:
+    """How the units of a model hang together; nothing is known of a subclassed one."""
+    functional = functional_of(model)
+    if functional is None:
+        return Ties({}, set(), {})
+    graph = graph_of(model)
+    roots: dict[int, int] = {}
+
+    def root(key):
+        while key in roots:
+            key = roots[key]
+        return key
+
+    def join(tensors):
+        first, *rest = {root(id(tensor)) for tensor in tensors}
+        roots.update(dict.fromkeys(rest, first))
+
+    made, normalizations = {}, {}
+    for rule in map(rule_of, graph.calls):
+        inputs, outputs = rule.call.inputs, rule.call.outputs
+        if isinstance(rule, ChannelByChannel):
+            join([*(tensor for tensor, wide in zip(inputs, rule.wide) if wide), *outputs])
+        elif isinstance(rule, Depthwise) and rule.times == 1:
+            join([*inputs, *outputs])
+        if isinstance(rule.layer, L.BatchNormalization) and rule.known:
+            normalizations.setdefault(id(inputs[0]), []).append(rule.layer)
+        for name in ("kernel", "pointwise_kernel", "embeddings"):
+            if rule.known and hasattr(rule.layer, name):
+                made[id(getattr(rule.layer, name))] = id(outputs[0])
+    return Ties(
+        {key: root(tensor) for key, tensor in made.items()},
+        {root(graph.canonical(tensor)) for tensor in functional.outputs},
+        {key: normalizations.get(tensor, []) for key, tensor in made.items()},
+    )
 
 
 def _usable_kernel(call: Call) -> type | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 from typing import Any
 
@@ -12,13 +13,15 @@ from keras import ops
 
 from keras_renorm import allocation as allocations
 from keras_renorm import criteria, masks, patterns, renorm, validation
-from keras_renorm.calibrated import Rule, prune_calibrated
+from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
 from keras_renorm.calibration import Samples
+from keras_renorm.channels import Ties, find_ties
 from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, strip
 from keras_renorm.criteria import CalibratedCriterion
+from keras_renorm.criteria.base import score
 from keras_renorm.events import current_kernel, new_scale, prune_kernel
 from keras_renorm.graph import walk_back
-from keras_renorm.layers.kernels import find_kernels, name_within
+from keras_renorm.layers.kernels import Kernel, find_kernels, name_within
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.moments import InputSizes
 from keras_renorm.renorm import CalibratedRenormalizer
@@ -57,7 +60,9 @@ def prune(
         criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`; with samples also
             `"activation"`, `"activity"`, `"obs"` and `"admm"`, and `keras_renorm.criteria.Activity(share)`, which chooses the
             count itself. `"auto"` is `"admm"` with samples, else `"magnitude"`.
-        pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance.
+        pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance. With
+            `"unit"`, units that meet in sums go together, what is gone gives zero (`keras_renorm.compact` then takes it out),
+            and layers that make the model's outputs stay whole, unless `layers` names them.
         group: `"layer"` or `"unit"`: which weights compete with each other.
         allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
             mean of uniform and erk), or a callable (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
@@ -113,6 +118,8 @@ def prune(
     if masked_layers(model):
         model = strip(model)
     chosen = choose_layers(model, layers)
+    if isinstance(rule.pattern, patterns.Unit) and layers is None:
+        chosen = _without_outputs(model, chosen)
     for layer in chosen.values():
         for kernel in find_kernels(layer):
             validation.check_finite(ops.convert_to_numpy(kernel.variable), _name(kernel, layer))
@@ -120,6 +127,9 @@ def prune(
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
         pruned, counterparts = rebuild(model, lambda layer: None)
         targets = _targets([counterparts[key] for key in chosen], sparsity, allocation, rule.pattern)
+        ties = find_ties(pruned) if isinstance(rule.pattern, patterns.Unit) else None
+        if ties:
+            targets = _together(targets, ties, rule)
         if calibrated:
             # Kernels that cannot be fitted may still be scored.
             seen = see(pruned, samples, InputSizes) if getattr(rule.criterion, "statistics", None) is InputSizes else {}
@@ -135,6 +145,8 @@ def prune(
             )
         else:
             rows = _prune_backwards(pruned, targets, rule)
+        if ties:
+            _silence(targets, ties)
     order = [layer.name for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
     pruned.pruning_report = PruningReport(tuple(sorted(rows, key=lambda row: order.index(row.layer))))
     return pruned
@@ -153,6 +165,66 @@ def _targets(layers, sparsity, allocation, pattern) -> list[Target]:
         values = [ops.convert_to_numpy(kernel.variable).astype(np.float32) for _, kernel in kernels]
         sparsities = allocations.allocate(values, sparsity, allocation, most=pattern.most)
     return [Target(layer, kernel, one) for (layer, kernel), one in zip(kernels, sparsities)]
+
+
+def _without_outputs(model: keras.Model, chosen: dict[int, keras.Layer]) -> dict[int, keras.Layer]:
+    """Leave out layers whose units are the model's outputs: without them it would be another model."""
+    ties = find_ties(model)
+    inner = {
+        key: layer
+        for key, layer in chosen.items()
+        if not any(ties.groups.get(id(kernel.variable)) in ties.of_outputs for kernel in find_kernels(layer))
+    }
+    if not inner:
+        raise ValueError(
+            f"With pattern 'unit', model '{model.name}' has nothing to prune: all its units are outputs. Name the layers with "
+            "`layers=` to prune outputs."
+        )
+    return inner
+
+
+def _together(targets: list[Target], ties: Ties, rule: Rule) -> list[Target]:
+    """Choose the units of layers that meet in sums for all of them at once: a sum is dead only where all its operands are.
+
+    A unit's score is the sum of its scores in these layers, each relative to the layer's mean.
+    """
+    criterion = criteria.Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
+    groups: dict[Any, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(ties.groups.get(id(target.kernel.variable), id(target)), []).append(target)
+    chosen = {}
+    for members in groups.values():
+        units = []
+        for target in members:
+            scores = score(criterion, ops.convert_to_numpy(target.kernel.variable)).sum(axis=target.kernel.input_axes)
+            units.append(scores.reshape(-1) / max(scores.mean(), np.finfo(np.float32).tiny))
+        if len(members) > 1 and len({len(one) for one in units}) == 1:
+            sizes = [target.kernel.size for target in members]
+            sparsity = float(np.average([target.sparsity for target in members], weights=sizes))
+            kept = masks.compute_mask(np.sum(units, axis=0)[None], sparsity, rule.pattern)[0]
+            for target in members:
+                chosen[id(target)] = _spread(kept, target.kernel)
+    return [dataclasses.replace(target, keep=chosen.get(id(target))) for target in targets]
+
+
+def _spread(units: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """From one value a unit to one a weight."""
+    shape = tuple(kernel.variable.shape)
+    return np.broadcast_to(units.reshape([1 if axis in kernel.input_axes else n for axis, n in enumerate(shape)]), shape)
+
+
+def _silence(targets: list[Target], ties: Ties) -> None:
+    """Let units without weights give zero: their biases go, and what normalization makes of them."""
+    for target in targets:
+        variable = target.kernel.variable
+        alive = (ops.convert_to_numpy(variable) != 0).any(axis=target.kernel.input_axes).reshape(-1)
+        for layer in target.layer._flatten_layers():
+            bias = getattr(layer, "bias", None)
+            is_maker = any(variable is getattr(layer, name, None) for name in ("kernel", "pointwise_kernel"))
+            if is_maker and bias is not None and tuple(bias.shape) == alive.shape:
+                bias.assign(np.where(alive, ops.convert_to_numpy(bias), 0))
+        for layer in ties.normalizations.get(id(variable), []):
+            silence_normalization(layer, ~alive)
 
 
 def _twins(model, counterparts) -> list[tuple[keras.Layer, keras.Layer]]:
@@ -183,12 +255,16 @@ def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> l
 def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = None, seen: Seen | None = None) -> LayerReport:
     """Prune a kernel on its own; `seen` is what is known of its inputs, if the criterion asks for no more."""
     variable, axes = target.kernel.variable, target.kernel.input_axes
-    criterion = score = rule.criterion
+    criterion = scored_by = rule.criterion
     renormalize = rule.renormalize
     if isinstance(renormalize, CalibratedRenormalizer):
         renormalize = renorm.get("auto", rule.group)
     values = ops.convert_to_numpy(variable)
-    if target.sparsity is None:
+    if target.keep is not None:
+        kernel, current = current_kernel(values, None, 1.0)
+        mask = target.keep
+        scale = new_scale(kernel, current, mask, 1.0, renormalize, axes)
+    elif target.sparsity is None:
         if seen is None:
             raise ValueError(
                 f"Criterion {criterion!r} cannot choose how many weights stay. {_name(target.kernel, target.layer)}: samples "
@@ -200,13 +276,13 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     else:
         if seen is not None:
             scores = seen.to_kernel(criterion(seen.matrix, seen.statistics))
-            score = lambda kernel: scores  # noqa: E731
+            scored_by = lambda kernel: scores  # noqa: E731
         elif isinstance(criterion, CalibratedCriterion):
-            criterion = score = criteria.Magnitude()
+            criterion = scored_by = criteria.Magnitude()
         mask, scale = prune_kernel(
             values,
             target.sparsity,
-            score,
+            scored_by,
             rule.pattern,
             rule.group,
             renormalize,

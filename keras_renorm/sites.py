@@ -25,12 +25,13 @@ L = keras.layers
 class Target:
     """A kernel to prune, and how much of it; `layer` is the outermost layer that it is in.
 
-    A sparsity of `None` leaves it to the criterion.
+    A sparsity of `None` leaves it to the criterion; `keep`, bool and shaped like the kernel, is what was chosen already.
     """
 
     layer: keras.Layer
     kernel: Kernel
     sparsity: float | None
+    keep: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

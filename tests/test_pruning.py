@@ -43,8 +43,71 @@ def test_every_layer_with_every_pattern(name, pattern):
     make, inputs, kernels, _ = CASES[name]
     pruned = kr.prune(model_around(make(), inputs), 0.5, pattern=pattern, allocation="uniform", renormalize="l2")
     for row, shape in zip(kr.summary(pruned).rows, [*kernels, None]):
+        if pattern == "unit" and row.layer == "head":
+            # Units that are outputs stay.
+            assert row.kept == row.weights
+            continue
         # Runs of two channels are not longer than what 2 of 4 keeps.
         assert row.kept < row.weights or (pattern == "n_of_m" and shape[-2] <= 2)
+
+
+def residual_network():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    x = stem = L.ReLU()(L.BatchNormalization(name="bn")(L.Conv2D(8, 3, padding="same", use_bias=False, name="stem")(inputs)))
+    x = L.ReLU()(L.Conv2D(6, 3, padding="same", name="inner")(x))
+    x = L.BatchNormalization(name="bn2")(L.Conv2D(8, 3, padding="same", use_bias=False, name="outer")(x))
+    x = L.DepthwiseConv2D(3, padding="same", name="depthwise")(L.Add()([x, stem]))
+    model = keras.Model(inputs, L.Dense(5, name="head")(L.GlobalAveragePooling2D()(x)))
+    for variable in model.variables:
+        if variable.name in ("beta", "bias", "moving_mean"):
+            variable.assign(np.random.default_rng(0).standard_normal(variable.shape))
+    return model
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_units_that_meet_in_sums_go_together_and_give_zero(calibrated):
+    model = residual_network()
+    x = np.random.default_rng(1).standard_normal((64, 8, 8, 3)).astype("float32")
+    pruned = kr.prune(model, 0.5, pattern="unit", calibration=x if calibrated else None, allocation="uniform", verbose=0)
+    alive = {
+        name: (keras.ops.convert_to_numpy(pruned.get_layer(name).kernel) != 0).any(axis=(0, 1, 2))
+        for name in ("stem", "inner", "outer")
+    }
+    depthwise = (keras.ops.convert_to_numpy(pruned.get_layer("depthwise").kernel) != 0).any(axis=(0, 1, 3))
+    assert alive["stem"].sum() == 4
+    np.testing.assert_array_equal(alive["stem"], alive["outer"])
+    np.testing.assert_array_equal(alive["stem"], depthwise)
+    assert alive["inner"].sum() == 3
+    for name in ("bn", "bn2"):
+        between = keras.Model(pruned.input, pruned.get_layer(name).output).predict(x, verbose=0)
+        assert not between[..., ~alive["stem"]].any()
+    small = kr.compact(pruned)
+    assert {name: small.get_layer(name).filters for name in alive} == {"stem": 4, "inner": 3, "outer": 4}
+    np.testing.assert_allclose(small.predict(x, verbose=0), pruned.predict(x, verbose=0), atol=1e-5)
+    # The outputs are all there.
+    assert (keras.ops.convert_to_numpy(pruned.get_layer("head").kernel) != 0).any(axis=0).all()
+
+
+def test_the_units_of_a_sum_with_the_highest_scores_in_all_of_them_stay():
+    inputs = keras.Input((4,))
+    one, other = L.Dense(3, use_bias=False, name="one"), L.Dense(3, use_bias=False, name="other")
+    model = keras.Model(inputs, L.Dense(2, name="head")(L.Add()([one(inputs), other(inputs)])))
+    one.kernel.assign(np.ones((4, 3)) * [4, 3, 5])
+    other.kernel.assign(np.ones((4, 3)) * [20, 70, 30])
+    # Relative to their means: 1 + 0.5, 0.75 + 1.75, 1.25 + 0.75.
+    pruned = kr.prune(model, 1 / 3, pattern="unit", renormalize=None, allocation="uniform")
+    for name in ("one", "other"):
+        kernel = keras.ops.convert_to_numpy(pruned.get_layer(name).kernel)
+        assert (kernel != 0).any(axis=0).tolist() == [False, True, True]
+
+
+def test_outputs_are_pruned_only_by_name():
+    model = keras.Sequential([keras.Input((4,)), L.Dense(6, name="out")])
+    with pytest.raises(ValueError, match=r"pattern 'unit'.*all its units are outputs.*`layers=`"):
+        kr.prune(model, 0.5, pattern="unit")
+    pruned = kr.prune(model, 0.5, pattern="unit", layers="out")
+    assert kr.summary(pruned).sparsity == 0.5
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.3, 0.8, 0.95, 0.999])
