@@ -90,7 +90,7 @@ def main():
     parser.add_argument("--steps", type=int, default=600, help="steps of training of the dense model, and again of each way")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at first; it falls to zero as half a cosine")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at first; it falls to zero as half a cosine")
     parser.add_argument("--gamma", type=float, default=3e-5)
     parser.add_argument("--alpha", type=float, default=1.0)
     arguments = parser.parse_args()
