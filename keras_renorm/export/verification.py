@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +24,7 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
     Raises:
         RuntimeError: if the runtime cannot load or run the file.
     """
-    with warnings.catch_warnings():
-        # Whoever has no LiteRT is served by TensorFlow's own, deprecated as it is.
-        warnings.filterwarnings("ignore", message=r"(?s)\s*Warning: .*ai_edge_litert")
-        interpreter = _interpreter()(model_path=str(path))
+    interpreter = load(path)
     interpreter.allocate_tensors()
     signature = next(iter(interpreter.get_signature_list()))
     runner = interpreter.get_signature_runner(signature)
@@ -44,6 +42,24 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
     # Keras names the outputs of a list `output_0`, `output_1`, ...; those of a dict keep their keys.
     order = sorted(answer) if keys else sorted(answer, key=lambda name: int(name.removeprefix("output_")))
     return [answer[name] for name in order]
+
+
+def load(path: pathlib.Path, threads: int | None = None) -> Any:
+    """An interpreter for a `.tflite` file.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not a `.tflite` model.
+        RuntimeError: if the runtime cannot load it.
+    """
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[4:] != b"TFL3":
+        raise ValueError(f"Argument `path` must be a `.tflite` model, which this file is not. Received: path={str(path)!r}.")
+    with warnings.catch_warnings():
+        # Whoever has no LiteRT is served by TensorFlow's own, deprecated as it is.
+        warnings.filterwarnings("ignore", message=r"(?s)\s*Warning: .*ai_edge_litert")
+        return _interpreter()(model_path=str(path), num_threads=threads)
 
 
 def largest_difference(expected: list[np.ndarray], received: list[np.ndarray]) -> float:

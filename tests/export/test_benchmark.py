@@ -1,0 +1,53 @@
+import keras
+import pytest
+
+import keras_renorm as kr
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="export needs TensorFlow")
+L = keras.layers
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, units in (("small", 8), ("large", 1024)):
+        layers = [L.Dense(units, "relu"), L.Dense(units, "relu"), L.Dense(3)]
+        kr.export_tflite(keras.Sequential([keras.Input((64,)), *layers]), folder / f"{name}.tflite")
+    return folder
+
+
+def test_files_are_measured_in_turns(files):
+    report = kr.export.benchmark(files / "small.tflite", against=files / "large.tflite", runs=20)
+    small, large = report.rows
+    assert small.low <= small.median <= small.high
+    assert report.ratio == small.median / large.median
+    assert len(str(report).splitlines()) == 3
+    assert "of it" in str(report).splitlines()[2]
+
+
+def test_alone_and_with_several_others(files):
+    alone = kr.export.benchmark(str(files / "small.tflite"), runs=2, warmup=1, threads=2)
+    assert alone.ratio is None
+    assert (alone.runs, alone.threads, len(alone.rows)) == (2, 2, 1)
+    several = kr.export.benchmark(files / "small.tflite", [files / "large.tflite"] * 2, runs=2)
+    assert len(several.rows) == 3
+
+
+def test_integers_several_inputs_and_free_sides(tmp_path):
+    words, other = keras.Input((None,), dtype="int32", name="words"), keras.Input((4,), name="other")
+    x = L.GlobalAveragePooling1D()(L.Embedding(9, 5)(words))
+    kr.export_tflite(keras.Model([words, other], L.Dense(2)(L.Concatenate()([x, other]))), tmp_path / "m.tflite")
+    assert kr.export.benchmark(tmp_path / "m.tflite", runs=2).rows[0].median > 0
+
+
+def test_what_is_no_model(tmp_path, files):
+    (tmp_path / "text.tflite").write_text("not a model at all")
+    (tmp_path / "empty.tflite").write_bytes(b"")
+    for name in ("text", "empty"):
+        with pytest.raises(ValueError, match=f"must be a `.tflite` model.*{name}.tflite"):
+            kr.export.benchmark(tmp_path / f"{name}.tflite")
+    with pytest.raises(FileNotFoundError):
+        kr.export.benchmark(tmp_path / "missing.tflite")
+    for arguments in (dict(threads=0), dict(runs=0), dict(warmup=1.5)):
+        with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be an integer of at least 1"):
+            kr.export.benchmark(files / "small.tflite", **arguments)
