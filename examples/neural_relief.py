@@ -105,7 +105,9 @@ def run(name, network, seed, arguments):
         verbose=0,
     )
     print(f"\n{slug}\n{found}", flush=True)
-    found.model.save(arguments.out / "neural_relief" / f"{slug}.keras")
+    small = kr.compact(found.model)
+    print(f"without dead units the arrays hold {small.count_params():,} numbers, instead of {model.count_params():,}", flush=True)
+    small.save(arguments.out / "neural_relief" / f"{slug}.keras")
     held = [row for row in found.history if row.held]
     row = dict(setting=f"{name}, {network}, {arguments.optimizer}", seed=seed, compression=found.compression)
     row["left"] = 1 / found.compression

@@ -53,17 +53,22 @@ def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
     Args:
         model: a built model with prunable layers.
         masks: of the weights to keep, by the `id` of a kernel's variable; kernels that are not there stay as they are.
+
+    Raises:
+        ValueError: if a kernel holds NaN or infinity; no layer is changed then.
     """
+    updates: dict[int, list] = {}
     for layer in masked_layers(model):
-        updates = []
         for masked in layer.masked_kernels:
             kernel, mask, scale = (keras.ops.convert_to_numpy(v) for v in (masked.variable, masked.mask, masked.scale))
             new_mask = mask & masks.get(id(masked.variable), mask)
             if not np.array_equal(new_mask, mask):
                 kernel, current = current_kernel(kernel, mask, scale, f"Kernel '{masked.variable.path}'")
                 scale = new_scale(kernel, current, new_mask, scale, layer.renormalize, masked.input_axes)
-            updates.append((new_mask, scale))
-        layer.assign_masks(updates)
+            updates.setdefault(id(layer), []).append((new_mask, scale))
+    # Only now is anything changed.
+    for layer in masked_layers(model):
+        layer.assign_masks(updates[id(layer)])
 
 
 def remove_unread_units(model: keras.Model) -> None:
