@@ -106,7 +106,9 @@ def run(name, network, seed, arguments):
     )
     print(f"\n{slug}\n{found}", flush=True)
     small = kr.compact(found.model)
-    print(f"without dead units the arrays hold {small.count_params():,} numbers, instead of {model.count_params():,}", flush=True)
+    print(
+        f"without dead units the arrays hold {small.count_params():,} numbers, instead of {model.count_params():,}", flush=True
+    )
     small.save(arguments.out / "neural_relief" / f"{slug}.keras")
     held = [row for row in found.history if row.held]
     row = dict(setting=f"{name}, {network}, {arguments.optimizer}", seed=seed, compression=found.compression)
