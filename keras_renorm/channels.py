@@ -423,10 +423,17 @@ def rule_of(call: Call) -> Rule:
     """What is known of a call; a plain `Rule` if nothing is."""
     make = _KINDS.get(type(call.operation), Rule)
     sizes = [_channels(tensor) for tensor in (*call.inputs, *call.outputs)]
-    if call.times > 1 or not sizes or None in sizes or len(call.outputs) != 1:
+    if call.times > 1 or not sizes or None in sizes or len(call.outputs) != 1 or _has_other_weights(call.operation):
         return Rule(call)
-    kind = make(call) if isinstance(make, type) else (make(call) or Rule)(call)
-    return kind
+    return make(call) if isinstance(make, type) else (make(call) or Rule)(call)
+
+
+def _has_other_weights(operation: Any) -> bool:
+    """Whether LoRA, quantization or a gate of attention gave it weights that its kind does not tell of."""
+    parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else ()
+    return getattr(operation, "_use_gate", False) or any(
+        getattr(part, "lora_enabled", False) or getattr(part, "quantization_mode", None) is not None for part in parts
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,10 +489,7 @@ def find_ties(model: keras.Model) -> Ties:
 
 def _usable_kernel(call: Call) -> type | None:
     layer = call.operation
-    special = getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None
-    if special or getattr(layer, "groups", 1) != 1 or not _channels_last(layer):
-        return None
-    return Kernel
+    return Kernel if getattr(layer, "groups", 1) == 1 and _channels_last(layer) else None
 
 
 def _usable_einsum(call: Call) -> type | None:

@@ -100,7 +100,7 @@ def compact(model: keras.Model) -> keras.Model:
     smaller, rows = _rebuild(plain, graph, rules, constants, kept)
     if model.compiled:
         compile_like(smaller, model)
-    whole = [rule.layer.name for rule in rules if not rule.known and getattr(rule.layer, "variables", ())]
+    whole = [rule.layer.name for rule in rules if not rule.known]
     smaller.compaction_report = CompactionReport(
         tuple(rows), tuple(dict.fromkeys(whole)), plain.count_params(), smaller.count_params()
     )

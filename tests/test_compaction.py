@@ -371,14 +371,23 @@ def test_what_it_does_not_know_stays_whole():
     shared = L.Dense(4, "relu", name="shared")
     inputs = keras.Input((4,))
     x = shared(shared(inputs))
-    x = Own()(L.Dense(5, name="a")(x))
+    x = Own(name="own")(L.Dense(5, name="a")(x))
     model = randomize(keras.Model(inputs, L.Dense(2, name="b")(L.Dense(6, name="c")(x))))
     deafen(model.get_layer("a"), [1])
     deafen(model.get_layer("c"), [2])
     deafen(model.get_layer("b"), [0])
     small = check(model, {"shared": (4, 4), "a": (4, 5), "c": (5, 5), "b": (5, 2)})
-    assert small.compaction_report.left_whole == ("shared",)
-    assert "Left whole: shared" in str(small.compaction_report)
+    assert small.compaction_report.left_whole == ("shared", "own")
+    assert "Left whole: shared, own" in str(small.compaction_report)
+
+
+def test_layers_with_weights_of_another_kind_stay_whole():
+    model = sequential((4,), L.Dense(6, name="a"), L.Dense(5, name="lora"), L.Dense(3, name="b"))
+    deafen(model.get_layer("b"), [1])
+    deafen(model.get_layer("lora"), [2])
+    model.get_layer("lora").enable_lora(2)
+    small = check(model, {"a": (4, 6), "b": (5, 3)})
+    assert small.compaction_report.left_whole == ("lora",)
 
 
 @pytest.mark.parametrize("layer", [lambda: L.Conv2D(4, 3, groups=2, name="g"), lambda: L.LayerNormalization(name="g")])
