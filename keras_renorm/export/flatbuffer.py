@@ -1,10 +1,111 @@
-"""Reads how the tensors of a `.tflite` file are stored."""
+"""Reads and writes the parts of a `.tflite` file."""
 
 from __future__ import annotations
+
+import functools
+import json
+from typing import Any
 
 import numpy as np
 
 from keras_renorm.export.report import TensorReport
+
+METADATA = "keras_renorm"
+
+
+def schema() -> Any:
+    from tensorflow.lite.python import schema_py_generated
+
+    return schema_py_generated
+
+
+def parse(data: bytes) -> Any:
+    """A file's contents, in the classes that TensorFlow generates from the schema."""
+    return schema().ModelT.InitFromPackedBuf(data, 0)
+
+
+def pack(model: Any) -> bytes:
+    """The way back: a file."""
+    import flatbuffers
+
+    for buffer in model.buffers:
+        buffer.Pack = functools.partial(_pack_buffer, buffer)
+    size = sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
+    builder = flatbuffers.Builder(size + 2**16)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
+
+
+def _pack_buffer(buffer: Any, builder: Any) -> int:
+    """Write a buffer at a multiple of 16 bytes, as the schema demands and the generated code does not."""
+    generated = schema()
+    data = None
+    if buffer.data is not None and len(buffer.data):
+        raw = np.ascontiguousarray(buffer.data, np.uint8).tobytes()
+        builder.StartVector(1, len(raw), 16)
+        builder.head -= len(raw)
+        builder.Bytes[builder.head : builder.head + len(raw)] = raw
+        data = builder.EndVector()
+    generated.BufferStart(builder)
+    if data is not None:
+        generated.BufferAddData(builder, data)
+    return generated.BufferEnd(builder)
+
+
+def dtype_of(tensor: Any) -> type | None:
+    """The numpy type of a tensor's values; `None` for what no weights have."""
+    types = schema().TensorType
+    known = {types.FLOAT32: np.float32, types.FLOAT16: np.float16, types.INT8: np.int8, types.INT16: np.int16}
+    return known.get(tensor.type)
+
+
+def tensor_values(model: Any, tensor: Any) -> np.ndarray | None:
+    """The values of a constant tensor of rank two or more that is stored in full, in its shape; `None` for any other."""
+    dtype = dtype_of(tensor)
+    data = model.buffers[tensor.buffer].data
+    if dtype is None or tensor.shape is None or len(tensor.shape) < 2 or data is None or tensor.sparsity is not None:
+        return None
+    values = np.frombuffer(np.asarray(data, np.uint8), dtype)
+    return values.reshape(tensor.shape) if values.size and values.size == int(np.prod(tensor.shape)) else None
+
+
+def first_name(tensor: Any) -> str:
+    """A fused operation has the names of all it was made of; the first is enough to find it."""
+    return tensor.name.decode().split(";")[0] if tensor.name else "?"
+
+
+def operator_name(model: Any, operator: Any) -> str:
+    """The schema's name of an operation, such as `"CONV_2D"`."""
+    return _operator_names()[operator_code(model.operatorCodes[operator.opcodeIndex])]
+
+
+@functools.lru_cache
+def _operator_names() -> dict[int, str]:
+    builtin = schema().BuiltinOperator
+    return {value: name for name, value in vars(builtin).items() if isinstance(value, int)}
+
+
+def operator_code(code: Any) -> int:
+    """The number of an operation in a model's table of them."""
+    # Files of old converters fill the deprecated field alone.
+    return max(code.builtinCode, code.deprecatedBuiltinCode)
+
+
+def add_metadata(model: Any, metadata: dict) -> None:
+    """Put JSON into a model."""
+    generated = schema()
+    model.buffers.append(generated.BufferT(data=np.frombuffer(json.dumps(metadata).encode(), np.uint8)))
+    entry = generated.MetadataT(name=METADATA, buffer=len(model.buffers) - 1)
+    model.metadata = [*(model.metadata or []), entry]
+
+
+def read_metadata(data: bytes) -> dict | None:
+    """What `keras_renorm` wrote into a file; `None` if it did not make it."""
+    model = parse(data)
+    for entry in model.metadata or []:
+        if entry.name and entry.name.decode() == METADATA:
+            return json.loads(bytes(np.asarray(model.buffers[entry.buffer].data, np.uint8)))
+    return None
 
 
 def weight_tensors(data: bytes) -> tuple[TensorReport, ...]:
@@ -16,31 +117,23 @@ def weight_tensors(data: bytes) -> tuple[TensorReport, ...]:
     Returns:
         One report a tensor, in the order of the file.
     """
-    from tensorflow.lite.python import schema_py_generated as schema
-
-    dtypes = {
-        schema.TensorType.FLOAT32: np.float32,
-        schema.TensorType.FLOAT16: np.float16,
-        schema.TensorType.INT8: np.int8,
-        schema.TensorType.INT16: np.int16,
-    }
-    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    model = parse(data)
     reports, seen = [], set()
     for tensor in (tensor for graph in model.subgraphs for tensor in graph.tensors):
         values = model.buffers[tensor.buffer].data
-        if values is None or len(values) == 0 or tensor.buffer in seen or tensor.type not in dtypes:
+        if values is None or len(values) == 0 or tensor.buffer in seen or dtype_of(tensor) is None:
             continue
         shape = tuple(int(side) for side in tensor.shape)
         if len(shape) < 2:
             continue
         seen.add(tensor.buffer)
         # Weights are quantized symmetrically: zero stays zero.
-        kept = np.count_nonzero(np.frombuffer(np.asarray(values, np.uint8).tobytes(), dtypes[tensor.type]))
+        kept = np.count_nonzero(np.frombuffer(np.asarray(values, np.uint8).tobytes(), dtype_of(tensor)))
         reports.append(
             TensorReport(
                 name=tensor.name.decode(),
                 shape=shape,
-                dtype=np.dtype(dtypes[tensor.type]).name,
+                dtype=np.dtype(dtype_of(tensor)).name,
                 sparsity=1 - int(kept) / int(np.prod(shape)),
                 bytes=len(values) + _index_bytes(tensor.sparsity),
                 stored_sparse=tensor.sparsity is not None,

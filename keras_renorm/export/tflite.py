@@ -14,7 +14,10 @@ from keras_renorm import validation
 from keras_renorm.conversion import copy_layer, never_pruned, rebuild, strip
 from keras_renorm.export.flatbuffer import weight_tensors
 from keras_renorm.export.report import ExportReport
+from keras_renorm.export.storage import Storage, largest_working
 from keras_renorm.export.verification import largest_difference, run
+from keras_renorm.summary import summary
+from keras_renorm.version import __version__
 
 QUANTIZE = (None, "float16", "int8")
 # How far outputs may be off, as a share of the largest, before something must be wrong. Integers are only reported.
@@ -29,13 +32,14 @@ def export_tflite(
     quantize: str | None = None,
     representative_data: Any = None,
     samples: Any = None,
+    smallest: bool = False,
 ) -> ExportReport:
     """Write a model as a `.tflite` file that is smaller because it is sparse.
 
-    Strips the model, converts it with `model.export(format="litert")`, stores sparse tensors compressed where that makes the
-    file smaller, loads the file again, and compares its outputs with the Keras model's. Where the runtime cannot run a
-    sparse file (dynamic-range int8 of single-weight sparsity, for one), every tensor is stored in full, and the report says
-    so. The file appears under its name only when it is complete and was seen to run; until then an older one stays.
+    Strips the model, converts it with `model.export(format="litert")`, stores each tensor without its zeros where that is
+    smaller, loads the file again, and compares its outputs with the Keras model's. Tensors that the runtime does not run so
+    are stored in full, and the report names them. The file appears under its name only when it is complete and was seen to
+    run; until then an older one stays. It says, as metadata, how the model was pruned (see `keras_renorm.export.explain`).
 
     Args:
         model: a built model, with prunable layers or plain.
@@ -45,6 +49,8 @@ def export_tflite(
         representative_data: a few hundred typical inputs for `quantize="int8"`: an array, or a list or dict of arrays for
             several inputs, with a batch axis.
         samples: inputs to compare outputs on, of the same kind; by default the first of `representative_data`, or random ones.
+        smallest: whether to store integers of fully connected layers without their zeros also where the runtime is slower
+            with them (single weights; blocks of 16 inputs are not).
 
     Returns:
         An `ExportReport`; print it for a table.
@@ -69,6 +75,7 @@ def export_tflite(
         inputs = _as_inputs(model, samples, "samples")
     else:
         inputs = _random_inputs(model) if representative is None else [array[:_SAMPLES] for array in representative]
+    metadata = _metadata(model, quantize)
     plain = strip(model)
     answer = plain.predict_on_batch(_structured(plain, inputs))
     expected = [np.asarray(value) for value in keras.tree.flatten(answer)]
@@ -86,9 +93,12 @@ def export_tflite(
         notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
     settings = _converter_settings(plain, quantize, representative)
 
+    def answers(file):
+        return run(file, inputs, _names(plain), keys=isinstance(answer, dict))
+
     def attempt(file):
         _convert(plain, file, settings)
-        return largest_difference(expected, run(file, inputs, _names(plain), keys=isinstance(answer, dict)))
+        return largest_difference(expected, answers(file))
 
     with _folder_beside(path) as folder:
         dense, sparse = pathlib.Path(folder, "dense.tflite"), pathlib.Path(folder, "sparse.tflite")
@@ -111,18 +121,28 @@ def export_tflite(
                 f"largest is {output_range:.2g}, so '{path}' was not written. An operation may be converted wrongly: export "
                 "parts of the model to find it, or pass typical inputs as `samples`."
             )
-        written = dense
-        try:
-            settings["optimizations"] = [*settings.get("optimizations", []), _experimental_sparsity()]
-            sparse_difference = attempt(sparse)
-            if sparse_difference > 2 * difference + 1e-3 * output_range:
-                raise RuntimeError(f"outputs differ by {sparse_difference:.2g}")
-            if sparse.stat().st_size < dense.stat().st_size:
-                written, difference = sparse, sparse_difference
-        except (RuntimeError, ValueError) as error:
-            notes.append(f"Stored dense: the runtime does not run this network with sparse storage ({_first_line(error)}).")
-        data, dense_data = written.read_bytes(), dense.read_bytes()
-        os.replace(written, path)
+        storage = Storage(dense.read_bytes(), smallest)
+        errors: list[str] = []
+        differences: list[float] = []
+
+        def works(tensors):
+            sparse.write_bytes(storage.write(tensors, metadata))
+            try:
+                differences.append(largest_difference(expected, answers(sparse)))
+            except (RuntimeError, ValueError) as error:
+                errors.append(_first_line(error))
+                return False
+            if differences[-1] > 2 * difference + 1e-3 * output_range:
+                errors.append(f"outputs differ by {differences[-1]:.2g}")
+                return False
+            return True
+
+        kept = largest_working(storage.candidates, works)
+        if not works(kept):
+            raise RuntimeError(f"The runtime does not run the file that was made of model '{model.name}': {errors[-1]}.")
+        notes += _stored_in_full(storage, kept, errors)
+        data, dense_data = sparse.read_bytes(), storage.write([], metadata)
+        os.replace(sparse, path)
     return ExportReport(
         path=path,
         quantize=quantize,
@@ -130,9 +150,9 @@ def export_tflite(
         gzip_bytes=len(gzip.compress(data, 6)),
         dense_bytes=len(dense_data),
         dense_gzip_bytes=len(gzip.compress(dense_data, 6)),
-        stored_sparse=written is sparse,
+        stored_sparse=bool(kept),
         tensors=weight_tensors(data),
-        difference=difference,
+        difference=differences[-1],
         output_range=output_range,
         notes=tuple(notes),
     )
@@ -271,10 +291,39 @@ def _converter_settings(model: keras.Model, quantize: str | None, representative
     return settings
 
 
-def _experimental_sparsity() -> Any:
-    import tensorflow as tf
+def _metadata(model: keras.Model, quantize: str | None) -> dict:
+    """How a model was pruned, for who finds the file."""
+    table = summary(model)
+    report = getattr(model, "pruning_report", None)
+    rules = {(row.layer, row.kernel): row for row in report.rows} if report else {}
+    layers = []
+    for row in table.rows:
+        rule = rules.get((row.layer, row.kernel))
+        known = dict(criterion=rule.criterion, renormalize=rule.renormalize) if rule else {}
+        pattern = {} if row.pattern == "-" else {"pattern": row.pattern}
+        layers.append(dict(layer=row.layer, kernel=row.kernel, weights=row.weights, kept=row.kept) | pattern | known)
+    return dict(keras_renorm=__version__, model=model.name, quantize=quantize, sparsity=table.sparsity, layers=layers)
 
-    return tf.lite.Optimize.EXPERIMENTAL_SPARSITY
+
+def _stored_in_full(storage: Storage, kept: list, errors: list[str]) -> list[str]:
+    """What to tell of tensors with zeros that were not stored sparse."""
+
+    def names(tensors):
+        return ", ".join(storage.name(tensor) for tensor in tensors)
+
+    notes = []
+    if fell_back := [tensor for tensor in storage.candidates if tensor not in kept]:
+        notes.append(f"Stored in full, for the runtime does not run them sparse ({errors[-1]}): {names(fell_back)}.")
+    if storage.fails:
+        notes.append(
+            f"Stored in full, for the runtime fails on sparse integers of other layers than Dense: {names(storage.fails)}."
+        )
+    if storage.slower:
+        notes.append(
+            "Stored in full, for the runtime is slower with sparse integers that are not in blocks of 16 inputs (pass "
+            f"`smallest=True` to store them sparse all the same): {names(storage.slower)}."
+        )
+    return notes
 
 
 def _batch_of_one(model: keras.Model) -> list:
