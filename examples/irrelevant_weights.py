@@ -130,6 +130,7 @@ def main():
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["lenet-300-100"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--floor", type=float, default=0.95)
     parser.add_argument("--dense-epochs", type=int, default=10, help="of training before the first round")
     parser.add_argument("--epochs", type=int, default=10, help="of a round, at most: it ends as soon as the floor is held")
@@ -146,7 +147,7 @@ def main():
     for network in arguments.network:
         path = arguments.out / f"irrelevant_weights_{arguments.dataset}_{network}.json"
         rows = json.loads(path.read_text()) if path.exists() else []
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             for way in arguments.ways:
                 if not any((row["way"], row["seed"]) == (way, seed) for row in rows):
                     rows.append(run(arguments.dataset, network, way, seed, arguments))
