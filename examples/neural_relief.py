@@ -60,12 +60,20 @@ def training(data, validation, epochs, arguments):
     return dict(x=x, y=y, batch_size=batch, epochs=epochs, callbacks=[schedule], verbose=0, **held_out)
 
 
-def by_magnitude(model, sparsities, fit, arguments):
+def slice_magnitude(kernel):
+    """The root mean square of each slice of a convolution's kernel, at each of its weights: what relief removes, by size."""
+    return np.abs(kernel) if kernel.ndim < 3 else np.broadcast_to(np.sqrt(np.mean(kernel**2, axis=(0, 1))), kernel.shape)
+
+
+WAYS = {"magnitude": "magnitude", "slices": slice_magnitude}
+
+
+def in_rounds(model, sparsities, fit, criterion, arguments):
     """Validation accuracies after retraining, and the last model: a global threshold, the same sparsities and epochs."""
     accuracies = []
     for round_, sparsity in enumerate(sparsities):
         keras.utils.set_random_seed(round_ + 1)
-        model = kr.prune(model, sparsity, criterion="magnitude", allocation="global", renormalize=None)
+        model = kr.prune(model, sparsity, criterion=criterion, allocation="global", renormalize=None)
         model = compiled(kr.to_prunable(model, from_zeros=True), arguments)
         accuracies.append(model.fit(**fit).history["val_accuracy"][-1])
     return accuracies, model
@@ -118,11 +126,11 @@ def run(name, network, seed, arguments):
         for one in held
     ]
     row["test"] = {"dense": accuracy(model, test), "relief": accuracy(found.model, test)}
-    if arguments.magnitude:
-        accuracies, other = by_magnitude(model, [one.sparsity for one in held[1:]], fit, arguments)
+    for way in arguments.ways:
+        accuracies, other = in_rounds(model, [one.sparsity for one in held[1:]], fit, WAYS[way], arguments)
         for one, value in zip(row["rounds"], [held[0].metric, *accuracies]):
-            one["magnitude"] = value
-        row["test"]["magnitude"] = accuracy(other, test)
+            one[way] = value
+        row["test"][way] = accuracy(other, test)
     return row
 
 
@@ -133,15 +141,25 @@ def accuracy(model, data):
 
 def table(rows):
     """What is left and the test accuracies, one line a setting: means over the seeds, lowest and highest in brackets."""
-    lines = [f"{'':34}  parameters left             dense            relief           magnitude, same sparsity"]
+    lines = [f"{'':34}  parameters left             dense            relief           magnitude        slices, same sparsity"]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         here = [row for row in rows if row["setting"] == setting]
         left = [row["left"] for row in here]
         line = f"{setting:34}  {np.mean(left):7.2%} ({min(left):.2%} to {max(left):.2%})"
-        for way in ("dense", "relief", "magnitude"):
+        for way in ("dense", "relief", *WAYS):
             values = [row["test"][way] for row in here if way in row["test"]]
-            line += f"  {np.mean(values):.4f} ±{(max(values) - min(values)) / 2:.4f}" if values else ""
-        lines.append(line)
+            line += f"  {np.mean(values):.4f} ±{(max(values) - min(values)) / 2:.4f}" if values else " " * 17
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def curve(row):
+    """Validation accuracies after every round of one run."""
+    ways = [way for way in ("relief", *WAYS) if way in row["rounds"][0]]
+    lines = [f"compression  sparsity{''.join(f'{way:>11}' for way in ways)}"]
+    for one in row["rounds"]:
+        values = "".join(f"{one[way]:11.4f}" for way in ways)
+        lines.append(f"{one['compression']:10.2f}x  {one['sparsity']:8.4f}{values}")
     return "\n".join(lines)
 
 
@@ -152,7 +170,7 @@ def picture(rows, path):
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for way, style in (("relief", "k-o"), ("magnitude", "C1--s")):
+    for way, style in (("relief", "k-o"), ("magnitude", "C1--s"), ("slices", "C0:^")):
         for index, row in enumerate(rows):
             points = [(one["compression"], one[way]) for one in row["rounds"] if way in one]
             if points:
@@ -182,7 +200,14 @@ def main():
     parser.add_argument("--dense-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=5, help="of each round")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--no-magnitude", dest="magnitude", action="store_false", help="leave out pruning by magnitude")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=["magnitude"],
+        help="what to compare with: pruning by magnitude, weight by weight or in the slices of kernels that relief removes",
+    )
+    parser.add_argument("--no-magnitude", dest="ways", action="store_const", const=[], help="relief alone")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
     (arguments.out / "neural_relief").mkdir(exist_ok=True, parents=True)
@@ -193,6 +218,7 @@ def main():
             if not any(row["seed"] == seed for row in rows):
                 rows.append(run(arguments.dataset, network, seed, arguments))
                 curves.save(path, rows)
+                print("\n" + curve(rows[-1]), flush=True)
         print("\n" + table(rows), flush=True)
         picture(rows, path.with_suffix(".png"))
 
