@@ -13,6 +13,7 @@ text, and text that the pruned model writes.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
 
@@ -83,91 +84,114 @@ def write(model, characters, start, length=300, temperature=0.7, seed=0):
     return "".join(characters[written[len(start) :]])
 
 
+def adam(arguments, rate):
+    return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, arguments.steps))
+
+
+def fit(model, train, steps, seed, arguments):
+    x, y = windows(train, steps * arguments.batch, seed)
+    return model.fit(x, y, batch_size=arguments.batch, verbose=0)
+
+
+def longer(dense, train, arguments):
+    model = copy_of(dense, adam(arguments, arguments.retraining_rate))
+    fit(model, train, arguments.steps, 3, arguments)
+    return model
+
+
+def once(dense, train, arguments, samples):
+    if samples:
+        return kr.prune(dense, arguments.sparsity, calibration=windows(train, samples, seed=3)[0], verbose=0)
+    return kr.prune(dense, arguments.sparsity, criterion="magnitude", allocation="global")
+
+
+def once_and_trained(dense, train, arguments, samples):
+    model = kr.to_prunable(once(dense, train, arguments, samples), from_zeros=True)
+    compile_with(model, adam(arguments, arguments.retraining_rate))
+    fit(model, train, arguments.steps, 3, arguments)
+    return model
+
+
+def in_steps(dense, train, arguments, irrelevant):
+    """In rounds of a fixed step, with training between them; the last one, at the full sparsity, has half of the training."""
+    events = arguments.rounds - 1
+    per_round = arguments.steps // (2 * events)
+    rounds = iter(enumerate([per_round] * events + [arguments.steps - per_round * events], start=10))
+    optimizer = adam(arguments, arguments.retraining_rate)
+    if irrelevant:
+        optimizer = kr.optimizers.IrrelevanceDecay(optimizer, arguments.gamma, arguments.alpha, decay_steps=per_round)
+
+    def train_round(model):
+        seed, steps = next(rounds)
+        return fit(model, train, steps, seed, arguments)
+
+    found = kr.methods.prune_iteratively(
+        copy_of(dense, optimizer),
+        train_round,
+        metric="loss",
+        floor=100.0,
+        step=1 - (1 - arguments.sparsity) ** (1 / events),
+        max_rounds=events,
+        verbose=0,
+    )
+    return found.model
+
+
+BEST = "in steps, irrelevant weights"
+WAYS = {
+    "dense, trained on for as long": longer,
+    "one shot, by magnitude": functools.partial(once, samples=0),
+    "one shot, 1024 samples": functools.partial(once, samples=1024),
+    "one shot, by magnitude, trained": functools.partial(once_and_trained, samples=0),
+    "one shot, 1024 samples, trained": functools.partial(once_and_trained, samples=1024),
+    "in steps, by magnitude": functools.partial(in_steps, irrelevant=False),
+    BEST: functools.partial(in_steps, irrelevant=True),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, default=None)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--steps", type=int, default=600, help="steps of training of the dense model, and again of each way")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at first; it falls to zero as half a cosine")
+    parser.add_argument("--retraining-rate", type=float, default=1e-3, help="the same of the training after the dense model's")
     parser.add_argument("--gamma", type=float, default=3e-5)
     parser.add_argument("--alpha", type=float, default=1.0)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT, help="a dense model that is there is not trained again")
     arguments = parser.parse_args()
     numbers, characters = read(arguments.text)
     train, rest = np.split(numbers, [int(0.9 * len(numbers))])
     held_out = windows(rest, 512, seed=1)
     keras.utils.set_random_seed(0)
 
-    def data(steps, seed):
-        return windows(train, steps * arguments.batch, seed)
+    def show(name, model):
+        compile_with(model, "adam")
+        perplexity = float(np.exp(model.evaluate(*held_out, batch_size=64, verbose=0)))
+        print(f"{name:36} perplexity {perplexity:.3f}  sparsity {kr.summary(model).sparsity:.3f}", flush=True)
 
-    def perplexity(model):
-        return float(np.exp(model.evaluate(*held_out, batch_size=64, verbose=0)))
-
-    def fit(model, steps, seed):
-        x, y = data(steps, seed)
-        return model.fit(x, y, batch_size=arguments.batch, verbose=0)
-
-    def adam():
-        return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(arguments.learning_rate, arguments.steps))
-
-    dense = compile_with(transformer(len(characters)), adam())
-    fit(dense, arguments.steps, seed=2)
+    arguments.out.mkdir(exist_ok=True, parents=True)
+    text = arguments.text.stem if arguments.text else "topics"
+    path = arguments.out / f"language_model_{text}_{arguments.width}_{arguments.steps}_{arguments.learning_rate:g}.keras"
+    if path.exists():
+        dense = keras.models.load_model(path)
+    else:
+        dense = compile_with(transformer(len(characters), arguments.width), adam(arguments, arguments.learning_rate))
+        fit(dense, train, arguments.steps, 2, arguments)
+        dense.save(path)
     weights = sum(row.weights for row in kr.summary(dense).rows)
     print(f"{len(numbers):,} characters, {len(characters)} kinds of them; {weights:,} weights to prune", flush=True)
-    results = {"dense": perplexity(dense)}
-    print(f"{'dense':36} perplexity {results['dense']:.3f}", flush=True)
-
-    # The last round, at the full sparsity, is half of the training.
-    per_round = arguments.steps // (2 * (arguments.rounds - 1))
-    lengths = [per_round] * (arguments.rounds - 1) + [arguments.steps - per_round * (arguments.rounds - 1)]
-    step = 1 - (1 - arguments.sparsity) ** (1 / (arguments.rounds - 1))
-    models = {}
-
-    def show(name, model):
-        models[name], results[name] = model, perplexity(model)
-        print(f"{name:36} perplexity {results[name]:.3f}  sparsity {kr.summary(model).sparsity:.3f}", flush=True)
-
-    longer = copy_of(dense, adam())
-    fit(longer, arguments.steps, seed=3)
-    show("dense, trained on for as long", longer)
-    once = compile_with(kr.prune(dense, arguments.sparsity, criterion="magnitude", allocation="global"), adam())
-    show("one shot, by magnitude", once)
-    samples = data(32, seed=3)[0]
-    fitted = compile_with(kr.prune(dense, arguments.sparsity, calibration=samples, verbose=0), adam())
-    show("one shot, 1024 samples", fitted)
-    for name, sparse in (("one shot, by magnitude", once), ("one shot, 1024 samples", fitted)):
-        trained = compile_with(kr.to_prunable(sparse, from_zeros=True), adam())
-        fit(trained, arguments.steps, seed=3)
-        show(f"{name}, trained", trained)
-    for name, optimizer in (
-        ("in steps, by magnitude", adam()),
-        (
-            "in steps, irrelevant weights",
-            kr.optimizers.IrrelevanceDecay(adam(), arguments.gamma, arguments.alpha, decay_steps=per_round),
-        ),
-    ):
-        rounds = iter(enumerate(lengths, start=10))
-
-        def train_round(model, rounds=rounds):
-            seed, steps = next(rounds)
-            return fit(model, steps, seed)
-
-        found = kr.methods.prune_iteratively(
-            copy_of(dense, optimizer),
-            train_round,
-            metric="loss",
-            floor=100.0,
-            step=step,
-            max_rounds=arguments.rounds - 1,
-            verbose=0,
-        )
-        show(name, compile_with(found.model, adam()))
-    best = "in steps, irrelevant weights"
-    print(f"\nWritten by the model pruned {best}:\n\n{write(models[best], characters, rest[:LENGTH])}")
-    OUT.mkdir(exist_ok=True)
-    models[best].save(OUT / "language_model.keras")
+    show("dense", dense)
+    for way in arguments.ways:
+        model = WAYS[way](dense, train, arguments)
+        show(way, model)
+        if way == BEST:
+            model.save(arguments.out / "language_model.keras")
+            print(f"\nWritten by the model pruned {BEST}:\n\n{write(model, characters, rest[:LENGTH])}\n")
 
 
 if __name__ == "__main__":
