@@ -11,7 +11,7 @@ import numpy as np
 from keras_renorm import validation
 from keras_renorm.channels import Rule, rule_of
 from keras_renorm.conversion import compile_like, strip
-from keras_renorm.graph import Graph, functional_of, graph_of
+from keras_renorm.graph import Graph, functional_of, graph_of, remake
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.tables import format_table
 
@@ -144,21 +144,19 @@ def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarr
 
 
 def _rebuild(model, graph: Graph, rules: list[Rule], constants: dict, kept: dict) -> tuple[keras.Model, list[CompactedLayer]]:
-    functional = functional_of(model)
-    inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name) for tensor in functional.inputs]
-    made = dict(zip(map(id, functional.inputs), inputs))
     remade: dict[int, tuple[Any, list]] = {}
     names: set[str] = set()
-    for rule in rules:
-        call = rule.call
+    waiting = iter(rules)
+
+    def operation_for(call):
+        rule = next(waiting)
         if id(call.operation) not in remade:
             flags = [[kept[id(tensor)] for tensor in side] for side in (call.inputs, call.outputs)]
             remade[id(call.operation)] = rule.remake(*flags, [constants[id(tensor)] for tensor in call.inputs])
             _give_a_name(remade[id(call.operation)][0], names)
-        layer, _ = remade[id(call.operation)]
-        values = {id(key): made[id(tensor)] for key, tensor in zip(call.node.input_tensors, call.inputs)}
-        args, kwargs = call.node.arguments.fill_in(values)
-        made.update(zip(map(id, call.outputs), keras.tree.flatten(layer(*args, **kwargs))))
+        return remade[id(call.operation)][0]
+
+    smaller = remake(model, graph, operation_for)
     rows = []
     for rule in rules:
         layer, values = remade.pop(id(rule.layer), (None, None))
@@ -168,24 +166,7 @@ def _rebuild(model, graph: Graph, rules: list[Rule], constants: dict, kept: dict
             if layer.count_params() < rule.layer.count_params():
                 shapes = [tuple(one.variables[0].shape) for one in (rule.layer, layer)]
                 rows.append(CompactedLayer(layer.name, *shapes, rule.layer.count_params(), layer.count_params()))
-    if isinstance(model, keras.Sequential) and all(len(rule.call.inputs) == 1 for rule in rules):
-        layers = [tensor._keras_history.operation for tensor in _chain(made, functional.outputs[0], graph)]
-        return keras.Sequential([inputs[0], *layers], name=model.name), rows
-    ends = [
-        keras.tree.map_structure(lambda tensor: made[graph.canonical(tensor)], structure)
-        for structure in (functional._inputs_struct, functional._outputs_struct)
-    ]
-    return keras.Model(*ends, name=model.name), rows
-
-
-def _chain(made: dict, output: Any, graph: Graph) -> list:
-    """The tensors of a model in which each is made from the one before, without its input."""
-    chain, tensor = [], made[graph.canonical(output)]
-    while not isinstance(tensor._keras_history.operation, keras.layers.InputLayer):
-        chain.append(tensor)
-        operation, index, _ = tensor._keras_history
-        (tensor,) = operation._inbound_nodes[index].input_tensors
-    return chain[::-1]
+    return smaller, rows
 
 
 def _give_a_name(layer: Any, names: set[str]) -> None:

@@ -239,3 +239,44 @@ def functional_of(model: Any) -> Functional | None:
     """The functional graph of a model; `None` for anything else."""
     found = getattr(model, "_functional", None) if isinstance(model, keras.Sequential) else model
     return found if isinstance(found, Functional) else None
+
+
+def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Callable]) -> keras.Model:
+    """A model of the same graph with other operations.
+
+    Args:
+        model: the model.
+        graph: its calls.
+        operation_for: gives for each call what is called in its place, with the same arguments.
+
+    Returns:
+        A new model; Sequential if `model` is and the new operations make a chain.
+    """
+    functional = functional_of(model)
+    inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name) for tensor in functional.inputs]
+    made = dict(zip(map(id, functional.inputs), inputs))
+    for call in graph.calls:
+        values = {id(key): made[id(tensor)] for key, tensor in zip(call.node.input_tensors, call.inputs)}
+        args, kwargs = call.node.arguments.fill_in(values)
+        made.update(zip(map(id, call.outputs), keras.tree.flatten(operation_for(call)(*args, **kwargs))))
+    ends = [
+        keras.tree.map_structure(lambda tensor: made[graph.canonical(tensor)], structure)
+        for structure in (functional._inputs_struct, functional._outputs_struct)
+    ]
+    if isinstance(model, keras.Sequential) and (layers := _chain(ends[1])) is not None:
+        return keras.Sequential([inputs[0], *layers], name=model.name)
+    return keras.Model(*ends, name=model.name)
+
+
+def _chain(output: Any) -> list | None:
+    """The layers of which each takes what the one before makes, and the last makes this tensor; `None` if there are others."""
+    layers: list = []
+    while True:
+        operation, index, _ = output._keras_history
+        if isinstance(operation, L.InputLayer):
+            return layers[::-1]
+        sources = operation._inbound_nodes[index].input_tensors
+        if len(sources) != 1 or not isinstance(operation, keras.Layer):
+            return None
+        layers.append(operation)
+        output = sources[0]

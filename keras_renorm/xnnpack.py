@@ -1,8 +1,8 @@
 """The networks that XNNPACK, the runtime's library of kernels, computes without the zeros of their 1x1 convolutions.
 
 Its rules are those of `xnn_subgraph_rewrite_for_nchw` in XNNPACK's `src/subgraph.c` (2026), which turns a part of a network to
-channels first: it must begin with a certain kind of convolution, end with a global average, and hold only operations that it has
-kernels for in that order of axes. A float network is judged here from what its operations are, whoever lists them.
+channels first: it must begin with a certain kind of convolution, end with a global average, and hold only operations that it
+has kernels for in that order of axes. A float network is judged here from its operations, whoever lists them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.src.ops import numpy as operations
 
 from keras_renorm.graph import ELEMENTWISE_ACTIVATIONS, Call, graph_of
 
 L = keras.layers
+_CONVOLUTIONS = (L.Conv2D, L.DepthwiseConv2D, L.SeparableConv2D)
+_ELEMENTWISE = (L.ReLU, L.LeakyReLU, L.ELU, L.Dropout, L.SpatialDropout2D, L.Identity)
+_OF_TWO = (L.Add, L.Multiply, operations.Add, operations.Multiply)
 # More than this share of the weights of all 1x1 convolutions must be zero.
 LEAST_ZEROS = 2 / 3
 
@@ -35,8 +39,8 @@ class Node:
         kernel: rows and columns of a convolution's kernel.
         strides: likewise.
         dilation: likewise.
-        padding: rows above and below, columns left and right that are added; `None` if the runtime adds them on its own, on one
-            side only.
+        padding: rows above and below, columns left and right that are added; `None` if they are not written down, as with
+            padding "same" and strides.
         channels: how many channels a convolution's kernel sees.
         plain: whether a convolution has one group, or a depthwise one a multiplier of one.
         zeros: how many weights of a 1x1 convolution are zero.
@@ -162,10 +166,11 @@ def _describe(node: Node) -> Breaker:
     if node.kind not in ("conv", "depthwise"):
         return Breaker(node.name, f"is {node.kind}, for which there is no kernel", "Replace it, or prune whole units instead.")
     if node.padding is None or len(set(node.padding)) > 1:
+        why = "padding 'same'" if node.padding is None else f"margins {node.padding}"
         return Breaker(
             node.name,
-            f"{shape} that pads one side more than the other",
-            "`keras_renorm.export.repair` pads both sides alike.",
+            f"{shape} and {why} instead of equal ones on all sides",
+            "`keras_renorm.export.repair` makes them equal.",
         )
     if node.kind == "depthwise":
         wanted = "3x3 (padded by 1) or 5x5 (padded by 2) with strides 1 or 2, without dilation, with a depth multiplier of 1"
@@ -185,64 +190,73 @@ def nodes_of(model: keras.Model) -> list[Node]:
     graph = graph_of(model)
     readers = collections.Counter(id(tensor) for call in graph.calls for tensor in call.inputs)
     readers.update(graph.canonical(tensor) for tensor in keras.tree.flatten(model.outputs))
-    padded: dict[int, tuple[Any, tuple]] = {}
+    padded: dict[int, Call] = {}
+    linear: set[int] = set()
     nodes = []
     for call in graph.calls:
-        if type(call.operation) is L.ZeroPadding2D and readers[id(call.outputs[0])] == 1:
+        alone = readers[id(call.outputs[0])] == 1
+        if type(call.operation) is L.ZeroPadding2D and alone:
             # The runtime makes it a part of the convolution that follows.
-            padded[id(call.outputs[0])] = call.inputs[0], sum(call.operation.padding, ())
+            padded[id(call.outputs[0])] = call
             continue
-        nodes += _nodes_of_call(call, padded)
+        nodes += _nodes_of_call(call, padded, linear)
+        if nodes[-1].kind in ("conv", "depthwise") and alone and call.operation.activation is keras.activations.linear:
+            linear.add(id(call.outputs[0]))
     return nodes
 
 
-def _nodes_of_call(call: Call, padded: dict) -> list[Node]:
-    layer = call.operation
-    inputs, margins = [], (0, 0, 0, 0)
-    for tensor in call.inputs:
-        source, margin = padded.get(id(tensor), (tensor, None))
-        margins = margin or margins
-        inputs.append(id(source))
-    outputs = tuple(id(tensor) for tensor in call.outputs)
-    ends = dict(name=layer.name, inputs=tuple(inputs), outputs=outputs)
-    kind = type(layer)
-    is_conv = kind in (L.Conv2D, L.DepthwiseConv2D, L.SeparableConv2D) and layer.data_format != "channels_first"
-    if any(id(tensor) in padded for tensor in call.inputs) and not (is_conv and layer.padding == "valid"):
-        return [Node(kind="padding that no convolution follows", **ends)]
-    if is_conv and layer.activation in ELEMENTWISE_ACTIVATIONS:
-        return _convolutions(layer, margins, ends, call.inputs[0].shape[1:3])
-    if kind in (L.GlobalAveragePooling2D,) and layer.data_format != "channels_first":
+def _nodes_of_call(call: Call, padded: dict[int, Call], linear: set[int]) -> list[Node]:
+    """`padded`: what only adds margins, by its output; `linear`: outputs of convolutions that normalization is folded into."""
+    layer, kind = call.operation, type(call.operation)
+    padding = next((padded[id(tensor)] for tensor in call.inputs if id(tensor) in padded), None)
+    ends = dict(
+        name=layer.name,
+        inputs=tuple(id(tensor) for tensor in (padding or call).inputs),
+        outputs=tuple(id(tensor) for tensor in call.outputs),
+    )
+    first = getattr(layer, "data_format", "channels_last") != "channels_last"
+    is_conv = kind in _CONVOLUTIONS and not first and layer.activation in ELEMENTWISE_ACTIVATIONS
+    if padding is not None and not (is_conv and layer.padding == "valid"):
+        return [Node(kind="padding without a convolution that takes it in", **ends)]
+    if is_conv:
+        return _convolutions(call, padding, ends)
+    if kind is L.GlobalAveragePooling2D and not first:
         return [Node(kind="mean", **ends)]
     is_image = all(len(tensor.shape) == 4 for tensor in call.inputs)
-    if is_image and (kind in _ELEMENTWISE or kind is L.Activation and layer.activation in ELEMENTWISE_ACTIVATIONS):
+    is_activation = kind is L.Activation and layer.activation in ELEMENTWISE_ACTIVATIONS
+    is_folded = kind is L.BatchNormalization and id(call.inputs[0]) in linear
+    if is_image and (kind in _ELEMENTWISE or is_activation or is_folded or (kind in _OF_TWO and len(call.inputs) == 2)):
         return [Node(kind="elementwise", **ends)]
     return [Node(kind=f"a {kind.__name__}", **ends)]
 
 
-_ELEMENTWISE = (L.BatchNormalization, L.ReLU, L.LeakyReLU, L.ELU, L.Dropout, L.SpatialDropout2D, L.Identity, L.Add, L.Multiply)
-
-
-def _convolutions(layer: keras.Layer, margins: tuple, ends: dict, size: tuple) -> list[Node]:
+def _convolutions(call: Call, padding: Call | None, ends: dict) -> list[Node]:
+    layer, channels = call.operation, call.inputs[0].shape[-1]
     kernel, strides, dilation = (tuple(map(int, value)) for value in (layer.kernel_size, layer.strides, layer.dilation_rate))
-    padding = margins if layer.padding == "valid" else same_padding(kernel, strides, dilation, size)
-    shape = dict(kernel=kernel, strides=strides, dilation=dilation, padding=padding)
-    pointwise = dict(kind="conv", kernel=(1, 1), channels=ends and layer._build_shapes_dict["input_shape"][-1])
+    if layer.padding == "same":
+        margins = same_padding(kernel, strides, dilation, call.inputs[0].shape[1:3])
+    else:
+        margins = sum(padding.operation.padding, ()) if padding else (0, 0, 0, 0)
+    shape = dict(kernel=kernel, strides=strides, dilation=dilation, padding=margins)
+    if type(layer) is L.Conv2D:
+        return [Node(kind="conv", plain=layer.groups == 1, channels=channels, **shape, **_zeros(layer.kernel), **ends)]
+    depthwise = dict(kind="depthwise", plain=layer.depth_multiplier == 1, **shape)
     if type(layer) is L.DepthwiseConv2D:
-        return [Node(kind="depthwise", plain=layer.depth_multiplier == 1, **shape, **ends)]
-    if type(layer) is L.SeparableConv2D:
-        middle = (id(layer),)
-        first = Node(kind="depthwise", plain=layer.depth_multiplier == 1, **shape, **{**ends, "outputs": middle})
-        return [first, Node(**pointwise, **_zeros(layer.pointwise_kernel), **{**ends, "inputs": middle})]
-    conv = dict(plain=layer.groups == 1, **shape, **_zeros(layer.kernel))
-    return [Node(**{**pointwise, **conv}, **ends)]
+        return [Node(**depthwise, **ends)]
+    between = dict(outputs=(id(layer),)), dict(inputs=(id(layer),))
+    return [Node(**depthwise, **ends | between[0]), Node(kind="conv", **_zeros(layer.pointwise_kernel), **ends | between[1])]
 
 
 def same_padding(kernel: tuple, strides: tuple, dilation: tuple, size: tuple) -> tuple[int, int, int, int] | None:
-    """The margins of padding "same"; `None` if the runtime does not take them for a plain margin on all sides."""
-    if strides != (1, 1):
-        return None
-    rest = [(side - 1) * rate for side, rate in zip(kernel, dilation)]
-    return (rest[0] // 2, rest[0] - rest[0] // 2, rest[1] // 2, rest[1] - rest[1] // 2)
+    """The margins of padding "same" for an image of this size; `None` if they depend on a size that is not known."""
+    margins: tuple = ()
+    for side, stride, rate, length in zip(kernel, strides, dilation, size):
+        if stride > 1 and length is None:
+            return None
+        steps = 0 if stride == 1 else (-(-length // stride) - 1) * stride + 1 - length
+        total = max(steps + (side - 1) * rate, 0)
+        margins += (total // 2, total - total // 2)
+    return margins
 
 
 def _zeros(variable: Any) -> dict[str, int]:

@@ -91,6 +91,16 @@ def operator_code(code: Any) -> int:
     return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
+def operator_index(model: Any, number: int, version: int) -> int:
+    """Where an operation stands in a model's table of them; it is added if it is missing."""
+    for index, code in enumerate(model.operatorCodes):
+        if (operator_code(code), code.version) == (number, version):
+            return index
+    code = schema().OperatorCodeT(deprecatedBuiltinCode=min(number, 127), builtinCode=number, version=version)
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
+
+
 def add_metadata(model: Any, metadata: dict) -> None:
     """Put JSON into a model."""
     generated = schema()
@@ -121,25 +131,32 @@ def weight_tensors(data: bytes) -> tuple[TensorReport, ...]:
     reports, seen = [], set()
     for tensor in (tensor for graph in model.subgraphs for tensor in graph.tensors):
         values = model.buffers[tensor.buffer].data
-        if values is None or len(values) == 0 or tensor.buffer in seen or dtype_of(tensor) is None:
-            continue
-        shape = tuple(int(side) for side in tensor.shape)
-        if len(shape) < 2:
+        if values is None or len(values) == 0 or tensor.buffer in seen or dtype_of(tensor) is None or len(tensor.shape) < 2:
             continue
         seen.add(tensor.buffer)
-        # Weights are quantized symmetrically: zero stays zero.
-        kept = np.count_nonzero(np.frombuffer(np.asarray(values, np.uint8).tobytes(), dtype_of(tensor)))
-        reports.append(
-            TensorReport(
-                name=tensor.name.decode(),
-                shape=shape,
-                dtype=np.dtype(dtype_of(tensor)).name,
-                sparsity=1 - int(kept) / int(np.prod(shape)),
-                bytes=len(values) + _index_bytes(tensor.sparsity),
-                stored_sparse=tensor.sparsity is not None,
-            )
-        )
+        reports.append(describe(model, tensor))
     return tuple(reports)
+
+
+def describe(model: Any, tensor: Any) -> TensorReport:
+    """How a constant tensor is stored."""
+    values = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
+    shape = tuple(int(side) for side in tensor.shape)
+    # Weights are quantized symmetrically: zero stays zero.
+    kept = np.count_nonzero(np.frombuffer(values.tobytes(), dtype_of(tensor)))
+    return TensorReport(
+        name=tensor.name.decode(),
+        shape=shape,
+        dtype=np.dtype(dtype_of(tensor)).name,
+        sparsity=1 - int(kept) / int(np.prod(shape)),
+        bytes=len(values) + _index_bytes(tensor.sparsity),
+        stored_sparse=tensor.sparsity is not None,
+    )
+
+
+def numbers(model: Any, tensor: Any) -> list[int]:
+    """The values of a constant tensor of 32-bit integers, such as axes or margins."""
+    return np.frombuffer(np.asarray(model.buffers[tensor.buffer].data, np.uint8).tobytes(), np.int32).tolist()
 
 
 def _index_bytes(sparsity) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from keras_renorm.export import flatbuffer
 
 # The blocks of consecutive inputs that fully connected kernels of the runtime read, by the type of the weights.
-_BLOCKS = {"float32": 4, "int8": 16}
+BLOCKS = {"float32": 4, "int8": 16}
 # What a layout that makes the layer faster may cost in bytes, beside the smallest.
 _WORTH = 1.1
 # Less of the bytes than this must be left, or a tensor is stored in full. What goes with a sparse one takes some bytes, too.
@@ -137,7 +137,7 @@ class Storage:
             if values is None or uses[tensor.buffer] > 1:
                 continue
             fully_connected = consumers == {"FULLY_CONNECTED"}
-            layout = choose_layout(values, _BLOCKS.get(values.dtype.name) if fully_connected else None)
+            layout = choose_layout(values, BLOCKS.get(values.dtype.name) if fully_connected else None)
             if layout is None:
                 continue
             if values.dtype == np.int8 and not fully_connected:
@@ -249,7 +249,7 @@ def _unpack_before_use(model: Any, graph: Any, index: int) -> None:
             inputs = np.asarray(operator.inputs)
             operator.inputs = np.where(inputs == index, len(graph.tensors) - 1, inputs).astype(np.int32)
     operator = schema.OperatorT(
-        opcodeIndex=_code_index(model, schema.BuiltinOperator.DENSIFY, 1),
+        opcodeIndex=flatbuffer.operator_index(model, schema.BuiltinOperator.DENSIFY, 1),
         inputs=np.array([index], np.int32),
         outputs=np.array([len(graph.tensors) - 1], np.int32),
         builtinOptionsType=schema.BuiltinOptions.DensifyOptions,
@@ -262,13 +262,4 @@ def _not_delegated(model: Any, graph: Any, index: int) -> None:
     number = flatbuffer.schema().BuiltinOperator.FULLY_CONNECTED
     for operator in graph.operators:
         if flatbuffer.operator_code(model.operatorCodes[operator.opcodeIndex]) == number and operator.inputs[1] == index:
-            operator.opcodeIndex = _code_index(model, number, _NOT_DELEGATED)
-
-
-def _code_index(model: Any, number: int, version: int) -> int:
-    for index, code in enumerate(model.operatorCodes):
-        if (flatbuffer.operator_code(code), code.version) == (number, version):
-            return index
-    code = flatbuffer.schema().OperatorCodeT(deprecatedBuiltinCode=min(number, 127), builtinCode=number, version=version)
-    model.operatorCodes.append(code)
-    return len(model.operatorCodes) - 1
+            operator.opcodeIndex = flatbuffer.operator_index(model, number, _NOT_DELEGATED)

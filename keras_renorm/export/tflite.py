@@ -13,6 +13,8 @@ import numpy as np
 from keras_renorm import validation
 from keras_renorm.conversion import copy_layer, never_pruned, rebuild, strip
 from keras_renorm.export.flatbuffer import weight_tensors
+from keras_renorm.export.operations import with_written_margins
+from keras_renorm.export.repair import repair_head
 from keras_renorm.export.report import ExportReport
 from keras_renorm.export.storage import Storage, largest_working
 from keras_renorm.export.verification import largest_difference, run
@@ -76,7 +78,8 @@ def export_tflite(
     else:
         inputs = _random_inputs(model) if representative is None else [array[:_SAMPLES] for array in representative]
     metadata = _metadata(model, quantize)
-    plain = strip(model)
+    plain, repairs = repair_head(strip(model))
+    notes += repairs
     answer = plain.predict_on_batch(_structured(plain, inputs))
     expected = [np.asarray(value) for value in keras.tree.flatten(answer)]
     output_range = max(float(np.max(np.abs(value), initial=0)) for value in expected)
@@ -121,7 +124,7 @@ def export_tflite(
                 f"largest is {output_range:.2g}, so '{path}' was not written. An operation may be converted wrongly: export "
                 "parts of the model to find it, or pass typical inputs as `samples`."
             )
-        storage = Storage(dense.read_bytes(), smallest)
+        storage = Storage(with_written_margins(dense.read_bytes()), smallest)
         errors: list[str] = []
         differences: list[float] = []
 
