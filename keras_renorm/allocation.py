@@ -75,7 +75,7 @@ def get(identifier: Any) -> Callable:
 
 
 def allocate(
-    kernels: Sequence[np.ndarray], sparsity: float, allocation: str | Callable = "balanced", most: float = 1.0
+    kernels: Sequence[np.ndarray], sparsity: float, allocation: str | Callable = "balanced", most: float | Sequence[float] = 1.0
 ) -> list[float]:
     """The sparsity of each kernel, so that together they lose exactly `round(sparsity * weights)` weights.
 
@@ -83,7 +83,8 @@ def allocate(
         kernels: the arrays to prune.
         sparsity: fraction of all their weights to remove, in [0, 1).
         allocation: `"uniform"`, `"global"`, `"erk"`, `"balanced"`, `"lamp"`, or a callable `(kernels, keep) -> counts`.
-        most: sparsity that no kernel can exceed, as a pattern may demand. Every kernel keeps a weight at least.
+        most: sparsity that no kernel can exceed, as a pattern may demand: one for all, or one a kernel. Every kernel keeps a
+            weight at least.
 
     Returns:
         One sparsity for each kernel.
@@ -101,7 +102,7 @@ def allocate(
     sparsity, allocation = validation.check_sparsity(sparsity), get(allocation)
     sizes = np.array([kernel.size for kernel in kernels])
     keep = int(sizes.sum()) - round(sparsity * int(sizes.sum()))
-    least = np.maximum(np.ceil((1 - most) * sizes - 1e-9), np.minimum(1, keep // len(kernels)))
+    least = np.maximum(np.ceil((1 - np.asarray(most)) * sizes - 1e-9), np.minimum(1, keep // len(kernels)))
     counts, free = np.zeros(len(kernels)), np.ones(len(kernels), bool)
     while free.any():
         left = max(keep - counts[~free].sum(), 0)

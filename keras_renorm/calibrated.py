@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import masks, patterns
+from keras_renorm import masks
 from keras_renorm.calibration import Call, Passes, Samples, observe
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
@@ -39,7 +39,6 @@ class Rule:
     """How to prune: the arguments of `keras_renorm.prune`, resolved."""
 
     criterion: Any
-    pattern: patterns.Pattern
     group: str
     renormalize: Any
 
@@ -179,7 +178,7 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
             )
         if site.has_intercept:
             new_bias = moments.intercept(fitted)
-        if isinstance(rule.pattern, patterns.Unit) and site.target:
+        if site.target and site.target.by_units:
             # What comes after makes up for what is gone, constants included.
             new_bias = np.where(mask.any(axis=1), new_bias, 0)
     elif rule.renormalize is not None:
@@ -192,7 +191,7 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
         mean = mean + new_bias
     if site.normalization is not None:
         _adjust(site.normalization[1], mean, moments.output_power(fitted), moments)
-        if isinstance(rule.pattern, patterns.Unit) and site.target:
+        if site.target and site.target.by_units:
             silence_normalization(site.normalization[1], ~mask.any(axis=1).reshape(-1))
     layer = site.target.layer if site.target else site.pruned
     return LayerReport(
@@ -218,7 +217,7 @@ def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes 
     def mask_of(scores):
         scores = np.where(constant, scores.min() - 1, scores) if constant.any() else scores
         scores = site.view.to_kernel(scores, shape)
-        mask = masks.compute_mask(scores, target.sparsity, rule.pattern, rule.group, target.kernel.input_axes)
+        mask = masks.compute_mask(scores, target.sparsity, target.pattern, rule.group, target.kernel.input_axes)
         return site.view.to_matrix(mask)
 
     if isinstance(rule.criterion, CalibratedCriterion):

@@ -16,6 +16,7 @@ from keras_renorm import criteria, validation
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
 from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
+from keras_renorm.targets import choose_patterns
 
 _DROP_IN = {cls.plain_class: cls for cls in (PrunableDense, PrunableConv2D)}
 _REBUILT = (keras.Sequential, Functional)
@@ -31,6 +32,7 @@ def to_prunable(
     renormalize: Any = "auto",
     regrow: bool = False,
     from_zeros: bool = False,
+    target: str | None = None,
 ) -> keras.Model:
     """The same model with prunable layers: same names, same weights, same outputs.
 
@@ -44,11 +46,12 @@ def to_prunable(
             warning lists it.
         pruning_schedule: when to prune and how much; `None` leaves it to `keras_renorm.callbacks.UpdatePruning`.
         criterion: what scores the weights.
-        pattern: which weights live and die together.
+        pattern: which weights live and die together; or a dict of layer name (or glob) to pattern.
         group: `"layer"` or `"unit"`: which weights compete with each other.
         renormalize: `"auto"`, `"l1"`, `"l2"`, a renormalizer, or `None`.
         regrow: whether a removed weight may come back at a later event.
         from_zeros: take the zeros of the kernels as the masks, to fine-tune a sparse model without losing its sparsity.
+        target: the runtime that is to be fast, which chooses patterns, as in `keras_renorm.prune`.
 
     Returns:
         A new model.
@@ -68,21 +71,25 @@ def to_prunable(
     pruning = dict(
         pruning_schedule=pruning_schedule,
         criterion=criteria.get(criterion),
-        pattern=pattern,
         group=group,
         renormalize=renormalize,
         regrow=regrow,
     )
-    # Checks every argument before any work is done.
-    RenormalizedPruning(keras.layers.Dense(1, name="checks_arguments"), name="checks_arguments", **pruning)
     chosen = choose_layers(model, layers)
+    patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
+    chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
+    # Checks every argument before any work is done.
+    for one in patterns_of.values():
+        probe = keras.layers.Dense(1, name="checks_arguments")
+        RenormalizedPruning(probe, pattern=one or "unstructured", name="checks_arguments", **pruning)
 
     def convert(layer):
         if id(layer) not in chosen:
             return None
+        arguments = dict(pruning, pattern=patterns_of[id(layer)])
         if type(layer) in _DROP_IN:
-            return copy_layer(layer, _DROP_IN[type(layer)], **pruning)
-        return RenormalizedPruning(copy_layer(layer), name=layer.name, trainable=layer.trainable, **pruning)
+            return copy_layer(layer, _DROP_IN[type(layer)], **arguments)
+        return RenormalizedPruning(copy_layer(layer), name=layer.name, trainable=layer.trainable, **arguments)
 
     converted, _ = rebuild(model, convert)
     if from_zeros:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 from typing import Any
 
 import keras
@@ -28,6 +27,7 @@ from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, PruningReport, describe, growth
 from keras_renorm.scoring import Seen, see
 from keras_renorm.sites import Target
+from keras_renorm.targets import by_name, choose_patterns
 
 
 def prune(
@@ -40,6 +40,7 @@ def prune(
     renormalize: Any = "auto",
     calibration: Any = None,
     layers: Any = None,
+    target: str | None = None,
     batch_size: int = 128,
     verbose: int | str = "auto",
 ) -> keras.Model:
@@ -62,7 +63,8 @@ def prune(
             count itself. `"auto"` is `"admm"` with samples, else `"magnitude"`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance. With
             `"unit"`, units that meet in sums go together, what is gone gives zero (`keras_renorm.compact` then takes it out),
-            and layers that make the model's outputs stay whole, unless `layers` names them.
+            and layers that make the model's outputs stay whole, unless `layers` names them. Or a dict of layer name (or glob)
+            to pattern; layers that it does not name are `"unstructured"`.
         group: `"layer"` or `"unit"`: which weights compete with each other.
         allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
             mean of uniform and erk), or a callable (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
@@ -73,6 +75,9 @@ def prune(
         calibration: unlabelled samples: an array, a list or a dict of arrays (one an input), a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or a generator of batches; of batches `(x, y)`, `x` is taken.
         layers: which layers, as in `keras_renorm.to_prunable`.
+        target: the runtime that is to be fast, which chooses the pattern of each layer that no dict names: `"litert"` (1x4
+            blocks in Dense, single weights in 1x1 convolutions of networks that XNNPACK computes sparsely, whole units in
+            other convolutions), or `"litert-int8"` (1x16 blocks in Dense, whole units). See `keras_renorm.export.explain`.
         batch_size: how many samples to run at once, where they come as arrays.
         verbose: `"auto"`, 0, 1, or 2: the progress bar over the layers while samples are used. `"auto"` shows it where Keras
             logs interactively.
@@ -103,7 +108,6 @@ def prune(
     validation.check_choice(group, masks.GROUPS, "group")
     rule = Rule(
         criterion=criteria.get(criterion, calibrated),
-        pattern=patterns.get(pattern),
         group=group,
         renormalize=renorm.get(renormalize, group, calibrated),
     )
@@ -111,23 +115,30 @@ def prune(
         if layers is not None:
             raise ValueError("Pass either a dict as `sparsity` or `layers`, not both: the dict names the layers.")
         layers = list(sparsity)
-    _check_count(rule, sparsity)
+    _check_count(rule, sparsity, pattern, target)
     for value in sparsity.values() if isinstance(sparsity, dict) else [] if sparsity is None else [sparsity]:
-        rule.pattern.check(validation.check_sparsity(value), group)
+        validation.check_sparsity(value)
+        if not isinstance(pattern, dict):
+            patterns.get(pattern).check(value, group)
     allocation = allocations.get(allocation)
     if masked_layers(model):
         model = strip(model)
     chosen = choose_layers(model, layers)
-    if isinstance(rule.pattern, patterns.Unit) and layers is None:
-        chosen = _without_outputs(model, chosen)
+    patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
+    chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
+    if layers is None:
+        chosen = _without_outputs(model, chosen, patterns_of)
     for layer in chosen.values():
         for kernel in find_kernels(layer):
             validation.check_finite(ops.convert_to_numpy(kernel.variable), _name(kernel, layer))
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
         pruned, counterparts = rebuild(model, lambda layer: None)
-        targets = _targets([counterparts[key] for key in chosen], sparsity, allocation, rule.pattern)
-        ties = find_ties(pruned) if isinstance(rule.pattern, patterns.Unit) else None
+        targets = _targets({counterparts[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
+        for one in targets:
+            if one.sparsity is not None:
+                one.pattern.check(one.sparsity, group)
+        ties = find_ties(pruned) if any(one.by_units for one in targets) else None
         if ties:
             targets = _together(targets, ties, rule)
         if calibrated:
@@ -152,28 +163,30 @@ def prune(
     return pruned
 
 
-def _targets(layers, sparsity, allocation, pattern) -> list[Target]:
-    kernels = [(layer, kernel) for layer in layers for kernel in find_kernels(layer)]
+def _targets(patterns_of: dict[keras.Layer, patterns.Pattern], sparsity: Any, allocation: Any) -> list[Target]:
+    kernels = [(layer, kernel) for layer in patterns_of for kernel in find_kernels(layer)]
     if isinstance(sparsity, dict):
-        sparsities = [
-            sparsity.get(layer.name, next(v for n, v in sparsity.items() if fnmatch.fnmatchcase(layer.name, n)))
-            for layer, _ in kernels
-        ]
+        sparsities = [by_name(sparsity, layer) for layer, _ in kernels]
     elif sparsity is None:
         sparsities = [None] * len(kernels)
     else:
         values = [ops.convert_to_numpy(kernel.variable).astype(np.float32) for _, kernel in kernels]
-        sparsities = allocations.allocate(values, sparsity, allocation, most=pattern.most)
-    return [Target(layer, kernel, one) for (layer, kernel), one in zip(kernels, sparsities)]
+        most = [patterns_of[layer].most for layer, _ in kernels]
+        sparsities = allocations.allocate(values, sparsity, allocation, most)
+    return [Target(layer, kernel, patterns_of[layer], one) for (layer, kernel), one in zip(kernels, sparsities)]
 
 
-def _without_outputs(model: keras.Model, chosen: dict[int, keras.Layer]) -> dict[int, keras.Layer]:
-    """Leave out layers whose units are the model's outputs: without them it would be another model."""
+def _without_outputs(model: keras.Model, chosen: dict[int, keras.Layer], patterns_of: dict) -> dict[int, keras.Layer]:
+    """Leave out layers whose units would go and are the model's outputs: without them it would be another model."""
+    by_units = {key for key in chosen if isinstance(patterns_of[key], patterns.Unit)}
+    if not by_units:
+        return chosen
     ties = find_ties(model)
     inner = {
         key: layer
         for key, layer in chosen.items()
-        if not any(ties.groups.get(id(kernel.variable)) in ties.of_outputs for kernel in find_kernels(layer))
+        if key not in by_units
+        or not any(ties.groups.get(id(kernel.variable)) in ties.of_outputs for kernel in find_kernels(layer))
     }
     if not inner:
         raise ValueError(
@@ -191,7 +204,8 @@ def _together(targets: list[Target], ties: Ties, rule: Rule) -> list[Target]:
     criterion = criteria.Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
     groups: dict[Any, list[Target]] = {}
     for target in targets:
-        groups.setdefault(ties.groups.get(id(target.kernel.variable), id(target)), []).append(target)
+        if target.by_units:
+            groups.setdefault(ties.groups.get(id(target.kernel.variable), id(target)), []).append(target)
     chosen = {}
     for members in groups.values():
         units = []
@@ -201,7 +215,7 @@ def _together(targets: list[Target], ties: Ties, rule: Rule) -> list[Target]:
         if len(members) > 1 and len({len(one) for one in units}) == 1:
             sizes = [target.kernel.size for target in members]
             sparsity = float(np.average([target.sparsity for target in members], weights=sizes))
-            kept = masks.compute_mask(np.sum(units, axis=0)[None], sparsity, rule.pattern)[0]
+            kept = masks.compute_mask(np.sum(units, axis=0)[None], sparsity, members[0].pattern)[0]
             for target in members:
                 chosen[id(target)] = _spread(kept, target.kernel)
     return [dataclasses.replace(target, keep=chosen.get(id(target))) for target in targets]
@@ -215,7 +229,7 @@ def _spread(units: np.ndarray, kernel: Kernel) -> np.ndarray:
 
 def _silence(targets: list[Target], ties: Ties) -> None:
     """Let units without weights give zero: their biases go, and what normalization makes of them."""
-    for target in targets:
+    for target in (one for one in targets if one.by_units):
         variable = target.kernel.variable
         alive = (ops.convert_to_numpy(variable) != 0).any(axis=target.kernel.input_axes).reshape(-1)
         for layer in target.layer._flatten_layers():
@@ -283,7 +297,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
             values,
             target.sparsity,
             scored_by,
-            rule.pattern,
+            target.pattern,
             rule.group,
             renormalize,
             axes,
@@ -303,7 +317,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     )
 
 
-def _check_count(rule: Rule, sparsity: Any) -> None:
+def _check_count(rule: Rule, sparsity: Any, pattern: Any, target: str | None) -> None:
     """Either the criterion says how many weights stay, or the sparsity does."""
     if getattr(rule.criterion, "chooses_count", False):
         if sparsity is not None:
@@ -311,10 +325,10 @@ def _check_count(rule: Rule, sparsity: Any) -> None:
                 f"Criterion {rule.criterion!r} chooses how many weights stay. Received: sparsity={sparsity!r}. "
                 "Leave `sparsity` out, or the share."
             )
-        if rule.pattern != patterns.Unstructured():
+        if target is not None or isinstance(pattern, dict) or patterns.get(pattern) != patterns.Unstructured():
             raise ValueError(
-                f"Criterion {rule.criterion!r} chooses which weights go together. Received: pattern={rule.pattern!r}. Leave "
-                "`pattern` out, or the share."
+                f"Criterion {rule.criterion!r} chooses which weights go together. Received: pattern={pattern!r}, "
+                f"target={target!r}. Leave `pattern` and `target` out, or the share."
             )
     elif sparsity is None:
         raise ValueError(

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm import patterns
 from keras_renorm.calibration import Call, observe
 from keras_renorm.layers.kernels import Kernel
 from keras_renorm.layers.linear import LinearView, linear_view
@@ -30,8 +31,14 @@ class Target:
 
     layer: keras.Layer
     kernel: Kernel
+    pattern: patterns.Pattern
     sparsity: float | None
     keep: np.ndarray | None = None
+
+    @property
+    def by_units(self) -> bool:
+        """Whether whole units go."""
+        return isinstance(self.pattern, patterns.Unit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,13 +55,22 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
 
 def layer_name(tensors: list, layers: frozenset[str]) -> str:
-    """The layer that tensors of an operation belong to: a fused one has the names of all that it was made of."""
+    """The layer that tensors of an operation belong to: a fused one has the names of all that it was made of.
+
+    Args:
+        tensors: the tensors.
+        layers: names of layers of the Keras model, if they are known.
+    """
     names = [name for tensor in tensors for name in (tensor.name or b"").decode().split(";")]
-    scopes = [name.split("/")[-2] for name in names if name.endswith(("convolution", "depthwise", "MatMul")) and "/" in name]
-    scope = next(iter(scopes), names[0] if names else "?")
-    # Keras counts how often it has traced a layer.
-    traced = scope.rpartition("_")[0]
-    return traced if scope not in layers and traced in layers else scope
+    for name in names:
+        for scope in reversed(name.split("/")):
+            # Keras counts how often it has traced a layer.
+            for layer in (scope, scope.rpartition("_")[0]):
+                if layer in layers:
+                    return layer
+    scopes = [name.split("/") for name in names]
+    kinds = ("convolution", "depthwise", "MatMul")
+    return next((scope[-2] for scope in scopes if len(scope) > 1 and scope[-1].rstrip("0123456789") in kinds), names[0])
 
 
 def nodes_of(model: Any, graph: Any, layers: frozenset[str]) -> list[xnnpack.Node]:

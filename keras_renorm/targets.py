@@ -1,0 +1,78 @@
+"""Which pattern of zeros a runtime can use, layer by layer."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import keras
+
+from keras_renorm import patterns, validation, xnnpack
+from keras_renorm.graph import functional_of
+
+L = keras.layers
+TARGETS = ("litert", "litert-int8")
+_BLOCKS = {"litert": 4, "litert-int8": 16}
+_CONVOLUTIONS = (L.Conv1D, L.Conv2D, L.Conv3D, L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose)
+
+
+def choose_patterns(
+    pattern: Any, target: str | None, model: keras.Model, layers: list[keras.Layer]
+) -> dict[int, patterns.Pattern | None]:
+    """The pattern of each layer, by its `id`; `None` for one that is better left whole.
+
+    Args:
+        pattern: a pattern for all layers; or a dict of layer name (or glob) to pattern, which goes before the target.
+        target: `None` or one of `TARGETS`, which chooses for all layers that no dict names.
+        model: the model that the layers are in.
+        layers: the layers to prune.
+
+    Raises:
+        ValueError: if a name matches no layer, a pattern or the target is not known, or both are given.
+    """
+    validation.check_choice(target, (None, *TARGETS), "target")
+    if not isinstance(pattern, dict):
+        if target is None:
+            return {id(layer): patterns.get(pattern) for layer in layers}
+        if patterns.get(pattern) != patterns.Unstructured():
+            raise ValueError(
+                f"Pass `target` or a pattern for all layers, not both. Received: target={target!r}, pattern={pattern!r}. A "
+                "dict of layer name to pattern goes before the target."
+            )
+        pattern = {}
+    for name in pattern:
+        if not any(fnmatch.fnmatchcase(layer.name, name) for layer in layers):
+            raise ValueError(
+                f"Argument `pattern` names no layer to prune. Received: {name!r}. The layers are: "
+                f"{[layer.name for layer in layers]}."
+            )
+    chosen = {name: patterns.get(value) for name, value in pattern.items()}
+    has_path = target == "litert" and _has_sparse_path(model)
+    return {
+        id(layer): by_name(chosen, layer, patterns.Unstructured() if target is None else _usable(layer, target, has_path))
+        for layer in layers
+    }
+
+
+def by_name(table: dict[str, Any], layer: keras.Layer, default: Any = None) -> Any:
+    """What a dict of names and globs has for a layer: its name goes before a glob, an earlier glob before a later one."""
+    globs = (value for name, value in table.items() if fnmatch.fnmatchcase(layer.name, name))
+    return table.get(layer.name, next(globs, default))
+
+
+def _usable(layer: keras.Layer, target: str, has_path: bool) -> patterns.Pattern | None:
+    if type(layer) is L.Dense and layer.kernel.shape[0] % _BLOCKS[target] == 0:
+        return patterns.Block((_BLOCKS[target], 1))
+    if has_path and type(layer) in (L.Conv2D, L.DepthwiseConv2D):
+        return patterns.Unstructured() if tuple(layer.kernel_size) == (1, 1) else None
+    if isinstance(layer, L.DepthwiseConv2D):
+        return None
+    return patterns.Unit() if type(layer) in _CONVOLUTIONS else patterns.Unstructured()
+
+
+def _has_sparse_path(model: keras.Model) -> bool:
+    """Whether XNNPACK skips zeros of the 1x1 convolutions, once there are enough."""
+    if functional_of(model) is None:
+        return False
+    nodes = xnnpack.nodes_of(model)
+    return any(node.is_pointwise for node in nodes) and not xnnpack.find_breakers(nodes)

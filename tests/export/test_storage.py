@@ -1,0 +1,192 @@
+import itertools
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import keras_renorm as kr
+from keras_renorm.export import flatbuffer, storage
+from keras_renorm.export.storage import Layout, choose_layout, encode, largest_working
+
+pytest.importorskip("tensorflow")
+L = keras.layers
+
+
+def decode(encoded, layout, shape):
+    """Row by row, as the format is described."""
+    innermost = shape[layout.order[-1]] // layout.block
+    rows = len(encoded.segments) - 1
+    dense = np.zeros((rows, innermost, layout.block), encoded.values.dtype)
+    blocks = encoded.values.reshape(-1, layout.block)
+    for row in range(rows):
+        for position in range(encoded.segments[row], encoded.segments[row + 1]):
+            dense[row, encoded.indices[position]] = blocks[position]
+    return dense.reshape([shape[axis] for axis in layout.order]).transpose(np.argsort(layout.order))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("shape", [(6, 8), (3, 2, 2, 4), (1, 3, 3, 4), (300, 4)])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_every_layout_is_read_back(dtype, shape, share, generator):
+    values = np.where(generator.random(shape) < share, generator.integers(1, 9, shape), 0).astype(dtype)
+    layouts = [Layout(order) for order in itertools.permutations(range(len(shape)))]
+    layouts.append(Layout(tuple(range(len(shape))), 4))
+    for layout in layouts:
+        encoded = encode(values, layout)
+        np.testing.assert_array_equal(decode(encoded, layout, shape), values)
+        assert encoded.bytes == storage._encoded_bytes(values, layout)
+
+
+def test_by_hand():
+    values = np.array([[0, 0, 0, 0, 1, 0, 0, 2], [3, 0, 0, 0, 0, 0, 0, 0]], "float32")
+    blocks = encode(values, Layout((0, 1), 4, direct=True))
+    assert blocks.values.tolist() == [1, 0, 0, 2, 3, 0, 0, 0]
+    assert (blocks.segments.tolist(), blocks.indices.tolist()) == ([0, 1, 2], [1, 0])
+    columns = encode(values, Layout((1, 0)))
+    assert columns.values.tolist() == [3, 1, 2]
+    assert (columns.segments.tolist(), columns.indices.tolist()) == ([0, 1, 1, 1, 1, 2, 2, 2, 3], [1, 0, 0])
+    assert blocks.bytes == 8 * 4 + 3 + 2
+    assert columns.bytes == 3 * 4 + 9 + 3
+
+
+def test_indices_take_the_smallest_type():
+    wide = np.zeros((2, 300), "float32")
+    wide[:, ::3] = 1
+    assert encode(wide, Layout((0, 1))).indices.dtype == np.uint16
+    assert encode(wide, Layout((1, 0))).indices.dtype == np.uint8
+    assert encode(np.ones((300, 300), "int8"), Layout((0, 1))).segments.dtype == np.int32
+
+
+def test_the_choice(generator):
+    unstructured = np.where(generator.random((64, 512)) < 0.1, 1, 0).astype("float32")
+    blocks = np.repeat(np.where(generator.random((64, 128)) < 0.1, 1, 0), 4, axis=1).astype("float32")
+    assert choose_layout(unstructured, block=4) == Layout((1, 0))
+    assert choose_layout(blocks, block=4) == Layout((0, 1), 4, direct=True)
+    assert choose_layout(blocks) == Layout((1, 0))
+    assert choose_layout(np.ones((64, 512), "float32"), block=4) is None
+    assert choose_layout(np.zeros((4, 4), "float32")) is None
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2, 5), range(7)])
+def test_all_that_work_are_found(bad):
+    tried = []
+
+    def works(some):
+        tried.append(some)
+        return not set(some) & set(bad)
+
+    assert largest_working(range(7), works) == [one for one in range(7) if one not in bad]
+    assert bool(bad) or len(tried) == 1
+
+
+needs_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="export needs TensorFlow")
+
+
+def mlp(pattern="unstructured", sparsity=0.9):
+    model = keras.Sequential([keras.Input((64,)), L.Dense(128, "relu", name="one"), L.Dense(64, name="two")])
+    return kr.prune(model, sparsity, pattern=pattern, allocation="uniform") if sparsity else model
+
+
+@needs_tensorflow
+def test_a_tensor_that_does_not_run_falls_back_alone(tmp_path, monkeypatch):
+    original = storage.Storage.write
+
+    def write(self, sparse, metadata):
+        data = original(self, sparse, metadata)
+        # A runtime that does not know the second layer's.
+        return data if len(self.candidates) < 2 or self.candidates[1] not in list(sparse) else data[:100]
+
+    monkeypatch.setattr(storage.Storage, "write", write)
+    report = kr.export_tflite(mlp(), tmp_path / "model.tflite")
+    assert sorted(tensor.stored_sparse for tensor in report.tensors) == [False, True]
+    assert any("does not run them sparse" in note for note in report.notes)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize(
+    ("pattern", "quantize", "stored"),
+    [
+        ("unstructured", None, "sparse"),
+        ("unstructured", "float16", "sparse"),
+        (kr.patterns.Block((4, 1)), None, "blocks of 4"),
+        (kr.patterns.Block((16, 1)), "int8", "blocks of 16"),
+        ("unstructured", "int8", "in full"),
+    ],
+)
+def test_how_dense_kernels_are_stored(pattern, quantize, stored, tmp_path):
+    report = kr.export_tflite(mlp(pattern), tmp_path / "model.tflite", quantize=quantize)
+    rows = kr.export.explain(report.path).rows
+    assert {row.storage for row in rows} == {stored}
+    assert all(row.skips == stored.startswith("blocks") for row in rows)
+    assert report.stored_sparse == (stored != "in full")
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("representative", [False, True])
+def test_the_smallest_integers(representative, tmp_path, generator):
+    data = generator.standard_normal((32, 64)).astype("float32") if representative else None
+    arguments = dict(quantize="int8", representative_data=data)
+    report = kr.export_tflite(mlp(), tmp_path / "model.tflite", smallest=True, **arguments)
+    faster = kr.export_tflite(mlp(), tmp_path / "faster.tflite", **arguments)
+    assert report.bytes < 0.7 * faster.bytes
+    assert report.difference < 0.1 * report.output_range
+    assert "`smallest=True`" in faster.notes[0]
+    assert not report.notes
+
+
+@needs_tensorflow
+def test_known_failure_integers_of_convolutions(tmp_path, monkeypatch):
+    """XNNPACK does not find integers of convolutions that were unpacked. When this fails, the runtime was mended: let
+    `Storage` store them."""
+    model = keras.Sequential([keras.Input((8, 8, 32)), L.Conv2D(64, 3, name="conv")])
+    path = tmp_path / "model.tflite"
+    report = kr.export_tflite(kr.prune(model, 0.9), path, quantize="int8")
+    assert "fails on sparse integers" in report.notes[0]
+    whole = storage.Storage(path.read_bytes())
+    (place,) = whole.fails
+    whole._layouts[place] = Layout((1, 2, 3, 0))
+    path.write_bytes(whole.write([place], {}))
+    from keras_renorm.export import verification
+
+    with pytest.raises(RuntimeError, match="failed to delegate"):
+        verification.run(path, [np.ones((1, 8, 8, 32), "float32")], ["x"])
+
+
+@needs_tensorflow
+def test_buffers_are_aligned(tmp_path):
+    path = kr.export_tflite(mlp(), tmp_path / "model.tflite").path
+    data = path.read_bytes()
+    model = flatbuffer.parse(data)
+    whole = np.frombuffer(data, np.uint8)
+    for buffer in model.buffers:
+        if buffer.data is not None:
+            assert (np.asarray(buffer.data).__array_interface__["data"][0] - whole.__array_interface__["data"][0]) % 16 == 0
+
+
+@needs_tensorflow
+def test_metadata_says_how_it_was_pruned(tmp_path):
+    path = kr.export_tflite(mlp(), tmp_path / "model.tflite").path
+    metadata = flatbuffer.read_metadata(path.read_bytes())
+    assert metadata["keras_renorm"] == kr.__version__
+    assert metadata["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert [row["layer"] for row in metadata["layers"]] == ["one", "two"]
+    assert metadata["layers"][0]["criterion"] == "Magnitude"
+    json.dumps(metadata)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+def test_bytes_against_what_they_tell(sparsity, tmp_path, generator):
+    """At most 1.4 times the entropy of the mask and the values that are kept."""
+    model = keras.Sequential([keras.Input((1024,)), L.Dense(512, "relu"), L.Dense(256)])
+    report = kr.export_tflite(kr.prune(model, sparsity, renormalize=None), tmp_path / "model.tflite")
+    told = sum(information(tensor, 32) for tensor in report.tensors)
+    assert sum(tensor.bytes for tensor in report.tensors) < 1.4 * told
+    assert report.bytes < 1.4 * told + 8192
+
+
+def information(tensor, bits):
+    zeros, size = tensor.sparsity, np.prod(tensor.shape)
+    entropy = -zeros * np.log2(zeros) - (1 - zeros) * np.log2(1 - zeros)
+    return size * (entropy + (1 - zeros) * bits) / 8
