@@ -7,6 +7,9 @@ import functools
 import keras
 
 L = keras.layers
+# Filters and strides of MobileNet's blocks, for large images and for small ones.
+MOBILE = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+SMALL_MOBILE = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1))
 
 
 def lenet_300_100(shape, classes, regularizer=None):
@@ -71,6 +74,25 @@ def resnet(shape, classes, regularizer=None, depth=20):
             x = L.ReLU()(L.Add()([x, shortcut]))
     x = L.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, L.Dense(classes, kernel_regularizer=regularizer)(x))
+
+
+def mobile(shape, classes, regularizer=None, width=1.0, blocks=MOBILE):
+    """MobileNet (Howard and others, 2017), padded alike on all sides: so XNNPACK skips the zeros of its 1x1 convolutions."""
+    filters = round(32 * width)
+    x = inputs = keras.Input(shape)
+    if shape[0] < 32:
+        x = L.UpSampling2D(32 // shape[0])(x)
+    if shape[-1] == 1:
+        x = L.Concatenate()([x, x, x])
+    x = L.Conv2D(filters, 3, 2, use_bias=False, kernel_regularizer=regularizer)(L.ZeroPadding2D(1)(x))
+    x = L.ReLU(6)(L.BatchNormalization(momentum=0.9)(x))
+    for filters, strides in blocks:
+        x = L.DepthwiseConv2D(3, strides, use_bias=False)(L.ZeroPadding2D(1)(x))
+        x = L.ReLU(6)(L.BatchNormalization(momentum=0.9)(x))
+        for layer in _conv(round(width * filters), 1, regularizer=regularizer)[:-1]:
+            x = layer(x)
+        x = L.ReLU(6)(x)
+    return keras.Model(inputs, L.Dense(classes)(L.GlobalAveragePooling2D()(x)))
 
 
 def _conv(filters, size, strides=1, regularizer=None):

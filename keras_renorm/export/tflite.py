@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import os
 import pathlib
+import re
 import tempfile
 import warnings
 from typing import Any
@@ -77,6 +78,8 @@ def export_tflite(
         inputs = _as_inputs(model, samples, "samples")
     else:
         inputs = _random_inputs(model) if representative is None else [array[:_SAMPLES] for array in representative]
+    if representative is not None and samples is not None:
+        notes += _range_notes(model, representative, inputs)
     metadata = _metadata(model, quantize)
     plain, repairs = repair_head(strip(model))
     notes += repairs
@@ -99,19 +102,22 @@ def export_tflite(
     def answers(file):
         return run(file, inputs, _names(plain), keys=isinstance(answer, dict))
 
-    def attempt(file):
+    def attempt(file, settings):
         _convert(plain, file, settings)
         return largest_difference(expected, answers(file))
 
     with _folder_beside(path) as folder:
         dense, sparse = pathlib.Path(folder, "dense.tflite"), pathlib.Path(folder, "sparse.tflite")
         try:
-            difference = attempt(dense)
+            if representative is not None:
+                # Calibrating a network that does not run brings the process down.
+                attempt(dense, {})
+            difference = attempt(dense, settings)
         except (RuntimeError, ValueError):
             # Recurrent layers need a batch whose size is known.
             settings["input_signature"] = _batch_of_one(plain)
             try:
-                difference = attempt(dense)
+                difference = attempt(dense, settings)
             except (RuntimeError, ValueError) as error:
                 raise RuntimeError(
                     f"The runtime does not run what the converter made of model '{model.name}', so '{path}' was not "
@@ -253,7 +259,24 @@ def _as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]
             f"Argument `{argument}` must hold arrays of shapes {wanted} (the first axis is the batch), one for each input of "
             f"model '{model.name}'. Received: shapes {received}."
         )
+    for array, spec in zip(arrays, specs):
+        if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
+            raise ValueError(f"Argument `{argument}` holds NaN or infinity for input '{spec.name}' of model '{model.name}'.")
     return [array.astype(spec.dtype) for array, spec in zip(arrays, specs)]
+
+
+def _range_notes(model: keras.Model, representative: list[np.ndarray], inputs: list[np.ndarray]) -> list[str]:
+    """What to tell of inputs that integers cannot stand for."""
+    notes = []
+    for spec, seen, given in zip(_specs(model), representative, inputs):
+        low, high = float(seen.min()), float(seen.max())
+        margin = 0.1 * (high - low)
+        if float(given.min()) < low - margin or float(given.max()) > high + margin:
+            notes.append(
+                f"`representative_data` for input '{spec.name}' lies between {low:.3g} and {high:.3g}, but `samples` between "
+                f"{given.min():.3g} and {given.max():.3g}: what is outside of its range is cut off."
+            )
+    return notes
 
 
 def _random_inputs(model: keras.Model) -> list[np.ndarray]:
@@ -343,7 +366,19 @@ def _convert(model: keras.Model, path: pathlib.Path, settings: dict) -> None:
             warnings.simplefilter("ignore")
             model.export(str(path), format="litert", verbose=False, **settings)
     except Exception as error:
-        raise RuntimeError(f"TensorFlow could not convert model '{model.name}': {_first_line(error)}") from error
+        raise RuntimeError(f"TensorFlow could not convert model '{model.name}': {_unknown_operations(error)}") from error
+
+
+def _unknown_operations(error: Exception) -> str:
+    """Which operations the converter does not know, and where they are, if that is what an error is about."""
+    names = re.findall(r"^(?:Custom|Flex) ops: (.+)$", str(error), re.MULTILINE)
+    if not names:
+        return _first_line(error)
+    places = dict.fromkeys(place for place in re.findall(r'"([^"@]+/[^"@]+)@', str(error)))
+    return (
+        f"TFLite has no operation {', '.join(names)} (in {', '.join(places) or 'the model'}). Write that layer with operations "
+        "that it has, or export the part of the model before it."
+    )
 
 
 def _first_line(error: Exception) -> str:

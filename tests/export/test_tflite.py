@@ -115,13 +115,6 @@ def test_full_integers_with_representative_data(tmp_path, generator):
     assert report.difference < 0.1 * report.output_range
 
 
-def test_what_does_not_run_sparse_is_stored_dense_and_said(tmp_path):
-    """Dynamic-range int8 with single-weight sparsity does not load on x86. When this fails, the runtime was mended."""
-    report = kr.export_tflite(dense(0.9), tmp_path / "model.tflite", quantize="int8")
-    assert not report.stored_sparse
-    assert "Stored dense: the runtime does not run this network with sparse storage" in report.notes[0]
-
-
 def test_given_samples_are_compared(tmp_path, monkeypatch):
     seen = []
     original = verification.run
@@ -178,6 +171,8 @@ def test_a_failure_leaves_the_old_file(failing, tmp_path, monkeypatch):
             r"`representative_data` must hold arrays of shapes \[\(None, 256\)\].*Received: shapes \[\(4, 255\)\]",
         ),
         (dict(quantize="int8", representative_data=np.ones((0, 256))), ValueError, "`representative_data` must hold"),
+        (dict(quantize="int8", representative_data=np.full((4, 256), np.nan)), ValueError, "`representative_data` holds NaN"),
+        (dict(samples=np.full((4, 256), np.inf)), ValueError, "`samples` holds NaN or infinity for input"),
         (dict(samples=[np.ones((4, 256)), np.ones((4, 256))]), ValueError, "`samples` must hold arrays"),
         (dict(samples={"inputs": np.ones((4, 256))}), ValueError, "`samples` has no entry for inputs"),
     ],
@@ -221,3 +216,46 @@ def test_outputs_that_are_wrong_write_nothing(tmp_path, monkeypatch):
 def test_a_path_that_is_none():
     with pytest.raises(TypeError, match="`path` must be a string or a path"):
         kr.export_tflite(dense(), None)
+
+
+def test_an_operation_that_tflite_does_not_have_is_named(tmp_path):
+    @keras.saving.register_keras_serializable("tests")
+    class Unusual(L.Layer):
+        def call(self, x):
+            return tf.math.igamma(tf.abs(x) + 1, tf.abs(x))
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    model = keras.Sequential([keras.Input((8,)), L.Dense(8), Unusual(name="unusual")])
+    with pytest.raises(RuntimeError, match=r"TFLite has no operation Igamma \(in .*unusual.*/Igamma\)"):
+        kr.export_tflite(model, tmp_path / "model.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_beyond_the_representative_data_are_said(tmp_path, generator):
+    data = generator.random((32, 256)).astype("float32")
+    arguments = dict(quantize="int8", representative_data=data)
+    within = kr.export_tflite(dense(), tmp_path / "model.tflite", samples=data[:4], **arguments)
+    beyond = kr.export_tflite(dense(), tmp_path / "model.tflite", samples=255 * data[:4], **arguments)
+    assert not any("cut off" in note for note in within.notes)
+    assert any("lies between" in note and "cut off" in note for note in beyond.notes)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_the_signature_takes_a_batch_of_any_size(size, tmp_path, generator):
+    model = two_inputs()
+    path = kr.export_tflite(model, tmp_path / "model.tflite").path
+    runner = verification.load(path).get_signature_runner("serving_default")
+    feeds = {"b": generator.random((size, 64)).astype("float32"), "a": generator.random((size, 32)).astype("float32")}
+    answer = runner(**feeds)
+    for index, expected in enumerate(model([feeds["b"], feeds["a"]])):
+        np.testing.assert_allclose(answer[f"output_{index}"], expected, atol=1e-5)
+
+
+def test_a_head_that_fails_on_arm_is_exported_as_an_equal_one(tmp_path):
+    x = inputs = keras.Input((8, 8, 4))
+    x = L.Conv2D(6, 1, name="head")(L.GlobalAveragePooling2D(keepdims=True)(x))
+    report = kr.export_tflite(keras.Model(inputs, L.Flatten()(x)), tmp_path / "model.tflite")
+    assert "'head': Dense in place of a 1x1 convolution" in report.notes[0]
+    assert report.difference < 1e-5
