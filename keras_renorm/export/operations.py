@@ -155,6 +155,12 @@ def with_written_margins(data: bytes) -> bytes:
     return data
 
 
+def has_loops(data: bytes) -> bool:
+    """Whether a file repeats a part of its graph until a condition holds."""
+    model = flatbuffer.parse(data)
+    return any(flatbuffer.operator_name(model, one) == "WHILE" for graph in model.subgraphs for one in graph.operators)
+
+
 def _has_path(model: Any) -> bool:
     nodes = [node for graph in model.subgraphs for node in nodes_of(model, graph, frozenset())]
     return not any(node.is_pointwise for node in nodes) or not xnnpack.find_breakers(nodes)

@@ -12,10 +12,10 @@ import keras
 import numpy as np
 
 from keras_renorm import validation
-from keras_renorm.conversion import copy_layer, never_pruned, rebuild, strip
+from keras_renorm.conversion import never_pruned, strip
 from keras_renorm.export.flatbuffer import weight_tensors
-from keras_renorm.export.operations import with_written_margins
-from keras_renorm.export.repair import repair_head
+from keras_renorm.export.operations import has_loops, with_written_margins
+from keras_renorm.export.preparation import prepare
 from keras_renorm.export.report import ExportReport
 from keras_renorm.export.storage import Storage, largest_working
 from keras_renorm.export.verification import largest_difference, run
@@ -81,8 +81,7 @@ def export_tflite(
     if representative is not None and samples is not None:
         notes += _range_notes(model, representative, inputs)
     metadata = _metadata(model, quantize)
-    plain, repairs = repair_head(strip(model))
-    notes += repairs
+    plain = strip(model)
     answer = plain.predict_on_batch(_structured(plain, inputs))
     expected = [np.asarray(value) for value in keras.tree.flatten(answer)]
     output_range = max(float(np.max(np.abs(value), initial=0)) for value in expected)
@@ -95,8 +94,8 @@ def export_tflite(
     if any(layer.compute_dtype != "float32" for layer in plain._flatten_layers()):
         # What it is compared with was computed in half precision.
         tolerance = max(tolerance, _TOLERANCE["float16"])
-        plain, _ = rebuild(plain, _in_float32)
-        notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
+    plain, changes = prepare(plain, unroll=representative is not None)
+    notes += changes
     settings = _converter_settings(plain, quantize, representative)
 
     def answers(file):
@@ -108,22 +107,24 @@ def export_tflite(
 
     with _folder_beside(path) as folder:
         dense, sparse = pathlib.Path(folder, "dense.tflite"), pathlib.Path(folder, "sparse.tflite")
+        # Calibrating a network that does not run, or that has a loop, would bring the process down.
+        first = {} if representative is not None else settings
         try:
-            if representative is not None:
-                # Calibrating a network that does not run brings the process down.
-                attempt(dense, {})
-            difference = attempt(dense, settings)
-        except (RuntimeError, ValueError):
-            # Recurrent layers need a batch whose size is known.
-            settings["input_signature"] = _batch_of_one(plain)
             try:
+                difference = attempt(dense, first)
+            except (RuntimeError, ValueError):
+                # Recurrent layers need a batch whose size is known.
+                one = {"input_signature": _batch_of_one(plain)}
+                first, settings = first | one, settings | one
+                difference = attempt(dense, first)
+                notes.append("Takes one sample at a time: the runtime does not run this network with a batch of any size.")
+            if representative is not None:
+                _check_loops(model, dense)
                 difference = attempt(dense, settings)
-            except (RuntimeError, ValueError) as error:
-                raise RuntimeError(
-                    f"The runtime does not run what the converter made of model '{model.name}', so '{path}' was not "
-                    f"written: {error}"
-                ) from error
-            notes.append("Takes one sample at a time: the runtime does not run this network with a batch of any size.")
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"The runtime does not run what the converter made of model '{model.name}', so '{path}' was not written: {error}"
+            ) from error
         if difference > tolerance * output_range:
             raise RuntimeError(
                 f"The outputs of the converted model differ from those of model '{model.name}' by {difference:.2g}, where the "
@@ -200,20 +201,12 @@ def _folder_beside(path: pathlib.Path) -> tempfile.TemporaryDirectory:
         raise OSError(f"Argument `path` cannot be written: {error}. Received: path={str(path)!r}.") from error
 
 
-def _in_float32(layer: keras.Layer) -> keras.Layer | None:
-    """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
-    if all(part.compute_dtype == "float32" for part in layer._flatten_layers()):
-        return None
-
-    def replace(value):
-        if isinstance(value, dict):
-            if "DTypePolicy" in str(value.get("class_name")):
-                return "float32"
-            return {key: replace(item) for key, item in value.items()}
-        return [replace(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    config = layer.get_config()
-    return copy_layer(layer, **{key: replace(value) for key, value in config.items() if replace(value) != value})
+def _check_loops(model: keras.Model, path: pathlib.Path) -> None:
+    if has_loops(path.read_bytes()):
+        raise ValueError(
+            f"Model '{model.name}' has a loop, such as a recurrent layer over any number of steps, and TensorFlow's converter "
+            "crashes where it calibrates one. Give its inputs a fixed number of steps, or leave `representative_data` out."
+        )
 
 
 def _names(model: keras.Model) -> list[str]:

@@ -259,3 +259,14 @@ def test_a_head_that_fails_on_arm_is_exported_as_an_equal_one(tmp_path):
     report = kr.export_tflite(keras.Model(inputs, L.Flatten()(x)), tmp_path / "model.tflite")
     assert "'head': Dense in place of a 1x1 convolution" in report.notes[0]
     assert report.difference < 1e-5
+
+
+def test_loops_are_not_calibrated(tmp_path, generator):
+    """TensorFlow's calibrator crashes on them: over a fixed number of steps they are unrolled, else it is an error."""
+    data = generator.standard_normal((16, 5, 8)).astype("float32")
+    report = kr.export_tflite(recurrent(), tmp_path / "model.tflite", quantize="int8", representative_data=data)
+    assert any("unrolled" in note for note in report.notes)
+    assert report.difference < 0.2 * report.output_range
+    free = keras.Sequential([keras.Input((None, 8)), L.Bidirectional(L.GRU(4)), L.Dense(2)])
+    with pytest.raises(ValueError, match="has a loop, such as a recurrent layer over any number of steps"):
+        kr.export_tflite(free, tmp_path / "free.tflite", quantize="int8", representative_data=data)

@@ -1,0 +1,68 @@
+"""Keras models as the converter and the runtime can take them: the same function, written otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_renorm.conversion import copy_layer, rebuild
+from keras_renorm.export.repair import repair_head
+from keras_renorm.graph import functional_of
+
+
+def prepare(model: keras.Model, unroll: bool) -> tuple[keras.Model, list[str]]:
+    """The model, changed where TFLite could not take it, and notes on what was changed.
+
+    Args:
+        model: a model of plain Keras layers; it stays as it is.
+        unroll: whether recurrent layers over a fixed number of steps are written without a loop.
+    """
+    notes = []
+    if any(layer.compute_dtype != "float32" for layer in model._flatten_layers()):
+        model, _ = rebuild(model, _in_float32)
+        notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
+    if functional_of(model) is None:
+        return model, notes
+    if unroll and any(_unrolled(layer) for layer in model.layers):
+        model, _ = rebuild(model, _unrolled)
+        notes.append("Recurrent layers are unrolled: TensorFlow's converter crashes where it calibrates a loop.")
+    model, changes = repair_head(model)
+    return model, notes + changes
+
+
+def _in_float32(layer: keras.Layer) -> keras.Layer | None:
+    """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
+    if all(part.compute_dtype == "float32" for part in layer._flatten_layers()):
+        return None
+    return _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value)
+
+
+def _is_policy(value: Any) -> bool:
+    return isinstance(value, dict) and "DTypePolicy" in str(value.get("class_name"))
+
+
+def _unrolled(layer: keras.Layer) -> keras.Layer | None:
+    """The layer, with recurrent layers in it, over a fixed number of steps without a loop; `None` if there is nothing to do."""
+    loops = [part for part in layer._flatten_layers() if getattr(part, "unroll", None) is False]
+    steps = [part._build_shapes_dict.get("input_shape", part._build_shapes_dict.get("sequences_shape")) for part in loops]
+    if not loops or any(shape is None or shape[1] is None for shape in steps):
+        return None
+    return _reconfigured(layer, lambda key, value: True if key == "unroll" else value)
+
+
+def _reconfigured(layer: keras.Layer, change: Callable[[str, Any], Any]) -> keras.Layer:
+    """A layer with other values in its config, and in the configs within it."""
+
+    def replace(key, value):
+        changed = change(key, value)
+        if changed is not value:
+            return changed
+        if isinstance(value, dict):
+            return {inner: replace(inner, item) for inner, item in value.items()}
+        return [replace("", item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    config = layer.get_config()
+    changes = {key: replace(key, value) for key, value in config.items()}
+    return copy_layer(layer, **{key: value for key, value in changes.items() if value != config[key]})
