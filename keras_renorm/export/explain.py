@@ -89,9 +89,8 @@ class Explanation:
         ]
         lines = [f"{self.path or 'as exported'}: {self.bytes:,} bytes"]
         if self.metadata:
-            lines.append(
-                f"pruned by keras_renorm {self.metadata['keras_renorm']} to a sparsity of {self.metadata['sparsity']:.1%}"
-            )
+            version, sparsity = self.metadata["keras_renorm"], self.metadata["sparsity"]
+            lines.append(f"written by keras_renorm {version}; sparsity of the Keras model {sparsity:.1%}")
         lines.append(format_table(header, cells, right=(4, 5)))
         lines += self._network()
         reasons: dict[tuple[str, str], list[str]] = {}

@@ -65,7 +65,7 @@ def layer_name(tensors: list, layers: frozenset[str]) -> str:
     for name in names:
         for scope in reversed(name.split("/")):
             # Keras counts how often it has traced a layer.
-            for layer in (scope, scope.rpartition("_")[0]):
+            for layer in (scope.rpartition("_")[0], scope):
                 if layer in layers:
                     return layer
     scopes = [name.split("/") for name in names]

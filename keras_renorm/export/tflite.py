@@ -123,7 +123,8 @@ def export_tflite(
                 difference = attempt(dense, settings)
         except RuntimeError as error:
             raise RuntimeError(
-                f"The runtime does not run what the converter made of model '{model.name}', so '{path}' was not written: {error}"
+                f"The runtime does not run what the converter made of model '{model.name}', so '{path}' was not written: "
+                f"{error}"
             ) from error
         if difference > tolerance * output_range:
             raise RuntimeError(
