@@ -102,7 +102,7 @@ def longer(dense, train, arguments):
 def once(dense, train, arguments, samples):
     if samples:
         return kr.prune(dense, arguments.sparsity, calibration=windows(train, samples, seed=3)[0], verbose=0)
-    return kr.prune(dense, arguments.sparsity, criterion="magnitude", allocation="global")
+    return kr.prune(dense, arguments.sparsity, criterion="magnitude", allocation=arguments.allocation)
 
 
 def once_and_trained(dense, train, arguments, samples):
@@ -132,6 +132,7 @@ def in_steps(dense, train, arguments, irrelevant):
         floor=100.0,
         step=1 - (1 - arguments.sparsity) ** (1 / events),
         max_rounds=events,
+        allocation=arguments.allocation,
         verbose=0,
     )
     return found.model
@@ -157,6 +158,7 @@ def main():
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--steps", type=int, default=600, help="steps of training of the dense model, and again of each way")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--allocation", default="global", help="how pruning by magnitude divides the sparsity among layers")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at first; it falls to zero as half a cosine")
     parser.add_argument("--retraining-rate", type=float, default=1e-3, help="the same of the training after the dense model's")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pathlib
 
@@ -107,6 +108,7 @@ def run(name, network, seed, arguments):
         arguments.rounds,
         fit=fit,
         tolerance=arguments.tolerance,
+        layers=lambda layer: relieved(layer, arguments),
         rewind=early if arguments.rewind else None,
         directory=arguments.out / "neural_relief" / slug,
         seed=1000 * seed,
@@ -119,19 +121,31 @@ def run(name, network, seed, arguments):
     )
     small.save(arguments.out / "neural_relief" / f"{slug}.keras")
     held = [row for row in found.history if row.held]
+    # Of all weights, those of layers that are left as they are among them.
+    sizes = [(math.prod(layer.kernel.shape), relieved(layer, arguments)) for layer in model.layers if hasattr(layer, "kernel")]
+    share = sum(size for size, there in sizes if there) / sum(size for size, _ in sizes)
     row = dict(setting=f"{name}, {network}, {arguments.optimizer}", seed=seed, compression=found.compression)
     row["left"] = 1 / found.compression
     row["rounds"] = [
-        dict(compression=held[0].details["parameters"] / one.details["parameters"], sparsity=one.sparsity, relief=one.metric)
+        dict(
+            compression=held[0].details["parameters"] / one.details["parameters"],
+            sparsity=share * one.sparsity,
+            relief=one.metric,
+        )
         for one in held
     ]
     row["test"] = {"dense": accuracy(model, test), "relief": accuracy(found.model, test)}
     for way in arguments.ways:
-        accuracies, other = in_rounds(model, [one.sparsity for one in held[1:]], fit, WAYS[way], arguments)
+        accuracies, other = in_rounds(model, [share * one.sparsity for one in held[1:]], fit, WAYS[way], arguments)
         for one, value in zip(row["rounds"], [held[0].metric, *accuracies]):
             one[way] = value
         row["test"][way] = accuracy(other, test)
     return row
+
+
+def relieved(layer, arguments):
+    """Whether a layer takes part: all that have a kernel, but convolutions with few filters if so asked."""
+    return hasattr(layer, "kernel") and getattr(layer, "filters", arguments.least_filters) >= arguments.least_filters
 
 
 def accuracy(model, data):
@@ -192,6 +206,7 @@ def main():
     parser.add_argument("--l2", type=float, default=1e-4, help="L2 decay of the kernels; 0 for none")
     parser.add_argument("--alpha-conv", type=float, default=0.95)
     parser.add_argument("--alpha-dense", type=float, default=0.95)
+    parser.add_argument("--least-filters", type=int, default=0, help="leave convolutions with fewer filters as they are")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tolerance", type=float, default=None, help="validation accuracy that may be lost; default: any")
     parser.add_argument("--rewind", action="store_true", help="retrain from the weights before training")
