@@ -1,9 +1,9 @@
 """From a trained network to the files of a phone: pruned for its runtime, repaired, exported in all kinds, and measured.
 
-Trains a network (or takes one, --model), lets it qualify for the runtime's sparse kernels (`keras_renorm.export.repair`), prunes
-it for floats and for integers with unlabelled images, trains it a little further (--fine-tune), takes dead units out, and exports it.
-Prints one table (accuracy of each file, bytes, gzipped bytes, latency, and ratios to the dense file), what the runtime does with
-the zeros, and writes the models, the files and a picture into saved_models/.
+Trains a network (or takes one, --model), lets it qualify for the runtime's sparse kernels (`keras_renorm.export.repair`),
+prunes it for floats and for integers with unlabelled images, trains it a little further (--fine-tune), takes dead units out,
+and exports it. Prints one table (accuracy of each file, bytes, gzipped bytes, latency, and ratios to the dense file), what the
+runtime does with the zeros, and writes the models, the files and a picture into saved_models/.
 
     python examples/edge_deployment.py
     python examples/edge_deployment.py --dataset fashion_mnist --network lenet-300-100 --sparsity 0.9
