@@ -6,7 +6,49 @@ import pathlib
 import warnings
 from typing import Any
 
+import keras
 import numpy as np
+
+from keras_renorm.export.inputs import input_names, structured
+
+# How far outputs may be off, as a share of the largest, before something must be wrong. Integers are only reported.
+_TOLERANCE = {None: 1e-2, "float16": 5e-2, "int8": np.inf}
+
+
+class Reference:
+    """What a Keras model answers, to compare files with.
+
+    Args:
+        model: the model.
+        inputs: samples, one array an input.
+
+    Attributes:
+        range: the largest absolute output.
+
+    Raises:
+        ValueError: if the model answers with NaN or infinity.
+    """
+
+    def __init__(self, model: keras.Model, inputs: list[np.ndarray]):
+        answer = model.predict_on_batch(structured(model, inputs))
+        self._inputs, self._names, self._keys = inputs, input_names(model), isinstance(answer, dict)
+        self._expected = [np.asarray(value) for value in keras.tree.flatten(answer)]
+        self._in_half = any(layer.compute_dtype != "float32" for layer in model._flatten_layers())
+        self.range = max(float(np.max(np.abs(value), initial=0)) for value in self._expected)
+        if not np.isfinite(self.range):
+            raise ValueError(
+                f"Model '{model.name}' gives NaN or infinity on the samples, so the exported file could not be compared with "
+                "it. Pass typical inputs as `samples`, or check its weights."
+            )
+
+    def tolerance(self, quantize: str | None) -> float:
+        """The difference from which on something must be wrong."""
+        kinds = [quantize, *(["float16"] if self._in_half else [])]
+        return max(_TOLERANCE[kind] for kind in kinds) * self.range
+
+    def difference(self, path: pathlib.Path) -> float:
+        """The largest absolute difference of a file's outputs."""
+        return largest_difference(self._expected, run(path, self._inputs, self._names, keys=self._keys))
 
 
 def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bool = False) -> list[np.ndarray]:

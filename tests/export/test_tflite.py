@@ -119,7 +119,9 @@ def test_given_samples_are_compared(tmp_path, monkeypatch):
     seen = []
     original = verification.run
     monkeypatch.setattr(
-        tflite, "run", lambda path, inputs, *rest, **kwargs: seen.append(inputs) or original(path, inputs, *rest, **kwargs)
+        verification,
+        "run",
+        lambda path, inputs, *rest, **kwargs: seen.append(inputs) or original(path, inputs, *rest, **kwargs),
     )
     samples = np.full((3, 256), 0.5)
     kr.export_tflite(dense(), tmp_path / "model.tflite", samples=samples)
@@ -150,7 +152,7 @@ def test_a_failure_leaves_the_old_file(failing, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(tflite, "_convert" if failing == "convert" else "run", fail)
+    monkeypatch.setattr(*((tflite, "convert") if failing == "convert" else (verification, "run")), fail)
     with pytest.raises(RuntimeError, match="no such operation"):
         kr.export_tflite(dense(), path)
     assert path.read_bytes() == b"old"
@@ -207,7 +209,7 @@ def test_a_model_that_gives_nan_is_not_exported(tmp_path):
 
 
 def test_outputs_that_are_wrong_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tflite, "run", lambda path, inputs, names, keys: [np.full((8, 10), 99.0)])
+    monkeypatch.setattr(verification, "run", lambda path, inputs, names, keys: [np.full((8, 10), 99.0)])
     with pytest.raises(RuntimeError, match="differ from those of model"):
         kr.export_tflite(dense(), tmp_path / "model.tflite")
     assert not list(tmp_path.iterdir())
