@@ -8,16 +8,19 @@ from typing import Any
 import keras
 
 from keras_renorm.conversion import copy_layer, rebuild
+from keras_renorm.export.narrowing import narrow_layers
 from keras_renorm.export.repair import repair_head
 from keras_renorm.graph import functional_of
 
 
-def prepare(model: keras.Model, unroll: bool) -> tuple[keras.Model, list[str]]:
-    """The model, changed where TFLite could not take it, and notes on what was changed.
+def prepare(model: keras.Model, quantize: str | None, unroll: bool, smallest: bool) -> tuple[keras.Model, list[str]]:
+    """The model, changed where TFLite could not take it or would store it with more bytes, and notes on what was changed.
 
     Args:
         model: a model of plain Keras layers; it stays as it is.
+        quantize: as in `keras_renorm.export_tflite`.
         unroll: whether recurrent layers over a fixed number of steps are written without a loop.
+        smallest: as in `keras_renorm.export_tflite`.
     """
     notes = []
     if any(layer.compute_dtype != "float32" for layer in model._flatten_layers()):
@@ -28,8 +31,9 @@ def prepare(model: keras.Model, unroll: bool) -> tuple[keras.Model, list[str]]:
     if unroll and any(_unrolled(layer) for layer in model.layers):
         model, _ = rebuild(model, _unrolled)
         notes.append("Recurrent layers are unrolled: TensorFlow's converter crashes where it calibrates a loop.")
-    model, changes = repair_head(model)
-    return model, notes + changes
+    model, of_head = repair_head(model)
+    model, of_width = narrow_layers(model, quantize, smallest)
+    return model, notes + of_head + of_width
 
 
 def _in_float32(layer: keras.Layer) -> keras.Layer | None:

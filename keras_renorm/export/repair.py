@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import collections
-from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_renorm import validation, xnnpack
 from keras_renorm.conversion import compile_like, copy_layer, strip
-from keras_renorm.graph import Call, Graph, functional_of, graph_of, remake
+from keras_renorm.export.rewriting import Change, rewrite, values_of
+from keras_renorm.graph import Call, Graph, functional_of, graph_of
 from keras_renorm.layers.masked import masked_layers
 
 L = keras.layers
@@ -65,7 +64,7 @@ def repair(model: keras.Model) -> keras.Model:
     graph = graph_of(plain)
     changes, notes = _changes_of_padding(graph)
     head, head_notes = _changes_of_head(plain, graph)
-    repaired = _apply(plain, graph, changes | head)
+    repaired = rewrite(plain, graph, changes | head)
     if model.compiled:
         compile_like(repaired, model)
     repaired.repair_notes = (*notes, *head_notes)
@@ -78,44 +77,13 @@ def repair_head(model: keras.Model) -> tuple[keras.Model, list[str]]:
         return model, []
     graph = graph_of(model)
     changes, notes = _changes_of_head(model, graph)
-    return (_apply(model, graph, changes), notes) if notes else (model, [])
+    return (rewrite(model, graph, changes), notes) if notes else (model, [])
 
 
-def _apply(model: keras.Model, graph: Graph, changes: dict[int, list]) -> keras.Model:
-    """Put lists of `(layer, weights)` in the place of calls, by the `id` of a call."""
-    remade: dict[int, Any] = {}
-    weights = []
-
-    def operation_for(call):
-        if id(call) not in changes:
-            if id(call.operation) not in remade:
-                remade[id(call.operation)] = copy_layer(call.operation)
-                weights.append((remade[id(call.operation)], _values(call.operation)))
-            return remade[id(call.operation)]
-
-        def chain(tensor, *_, **__):
-            for layer, values in changes[id(call)]:
-                tensor = layer(tensor)
-                weights.append((layer, values))
-            return tensor
-
-        return chain
-
-    model = remake(model, graph, operation_for)
-    for layer, values in weights:
-        for variable, value in zip(getattr(layer, "variables", ()), values, strict=True):
-            variable.assign(value)
-    return model
-
-
-def _values(operation: Any) -> list[np.ndarray]:
-    return [ops.convert_to_numpy(variable) for variable in getattr(operation, "variables", ())]
-
-
-def _changes_of_padding(graph: Graph) -> tuple[dict[int, list], list[str]]:
+def _changes_of_padding(graph: Graph) -> tuple[dict[int, Change], list[str]]:
     readers = collections.Counter(id(tensor) for call in graph.calls for tensor in call.inputs)
     makers = {id(tensor): call for call in graph.calls for tensor in call.outputs}
-    changes: dict[int, list] = {}
+    changes: dict[int, Change] = {}
     notes = []
     for call in graph.calls:
         layer = call.operation
@@ -128,10 +96,11 @@ def _changes_of_padding(graph: Graph) -> tuple[dict[int, list], list[str]]:
         margins = _margins(layer, before, size)
         found = margins and _symmetric(layer, margins, size, call.inputs[0].shape[-1])
         if found:
-            changes[id(call)], note = found
+            layers, note = found
+            changes[id(call)] = Change(layers)
             notes.append(f"'{layer.name}': {note}")
             if before is not None:
-                changes[id(before)] = []
+                changes[id(before)] = Change([])
     return changes, notes
 
 
@@ -151,7 +120,7 @@ def _symmetric(layer: keras.Layer, margins: tuple, size: tuple, channels: int) -
 
     Margins are equal already where the sides of an image are odd.
     """
-    kernel, (weights, *bias) = tuple(layer.kernel_size), _values(layer) or [None]
+    kernel, (weights, *bias) = tuple(layer.kernel_size), values_of(layer) or [None]
     is_depthwise = type(layer) is L.DepthwiseConv2D and layer.depth_multiplier == 1
     is_entry = type(layer) is L.Conv2D and kernel == (3, 3) and channels == 3 and layer.groups == 1
     if not is_entry and not (is_depthwise and kernel in ((3, 3), (5, 5))):
@@ -176,13 +145,13 @@ def _symmetric(layer: keras.Layer, margins: tuple, size: tuple, channels: int) -
     return padded(2, kernel_size=(5, 5)), "5x5 with zeros around its weights and padded by 2; the same outputs"
 
 
-def _changes_of_head(model: keras.Model, graph: Graph) -> tuple[dict[int, list], list[str]]:
+def _changes_of_head(model: keras.Model, graph: Graph) -> tuple[dict[int, Change], list[str]]:
     readers = collections.defaultdict(list)
     for call in graph.calls:
         for tensor in call.inputs:
             readers[id(tensor)].append(call)
     outputs = {graph.canonical(tensor) for tensor in keras.tree.flatten(functional_of(model).outputs)}
-    changes: dict[int, list] = {}
+    changes: dict[int, Change] = {}
     notes = []
     for call in graph.calls:
         layer = call.operation
@@ -191,15 +160,16 @@ def _changes_of_head(model: keras.Model, graph: Graph) -> tuple[dict[int, list],
         chain = _head(call, readers, outputs)
         if not any(type(one.operation) is L.Conv2D for one in chain):
             continue
-        changes[id(call)] = [(copy_layer(layer, keepdims=False), [])]
+        changes[id(call)] = Change([(copy_layer(layer, keepdims=False), [])])
         for one in chain:
             if type(one.operation) is L.Conv2D:
-                changes[id(one)] = [_dense_of(one.operation)]
+                changes[id(one)] = Change([_dense_of(one.operation)])
                 notes.append(f"'{one.operation.name}': Dense in place of a 1x1 convolution after pooling; the same outputs")
         if len(chain[-1].outputs[0].shape) == 4:
             shape = tuple(chain[-1].outputs[0].shape[1:])
-            kept = changes.get(id(chain[-1])) or [(copy_layer(chain[-1].operation), _values(chain[-1].operation))]
-            changes[id(chain[-1])] = [*kept, (L.Reshape(shape, name=f"{layer.name}_shape"), [])]
+            last = chain[-1].operation
+            kept = changes.get(id(chain[-1])) or Change([(copy_layer(last), values_of(last))])
+            changes[id(chain[-1])] = Change([*kept.layers, (L.Reshape(shape, name=f"{layer.name}_shape"), [])])
     return changes, notes
 
 
@@ -227,7 +197,7 @@ def _head(call: Call, readers: dict, outputs: set[int]) -> list[Call]:
 
 
 def _dense_of(conv: keras.Layer) -> tuple[keras.Layer, list[np.ndarray]]:
-    weights, *bias = _values(conv)
+    weights, *bias = values_of(conv)
     dense = L.Dense(
         conv.filters, conv.activation, conv.use_bias, name=conv.name, dtype=conv.dtype_policy, trainable=conv.trainable
     )

@@ -87,7 +87,7 @@ def choose_layout(values: np.ndarray, block: int | None = None) -> Layout | None
     layouts = [Layout(order) for order in orders]
     if block and values.shape[-1] % block == 0:
         layouts.append(Layout(axes, block, direct=True))
-    sizes = [_encoded_bytes(values, layout) for layout in layouts]
+    sizes = [encoded_bytes(values, layout) for layout in layouts]
     least = min(sizes)
     if least + _OVERHEAD > _PAYS * values.nbytes:
         return None
@@ -100,7 +100,8 @@ def _rows(values: np.ndarray, layout: Layout) -> np.ndarray:
     return values.transpose(layout.order).reshape(-1, values.shape[layout.order[-1]] // layout.block, layout.block)
 
 
-def _encoded_bytes(values: np.ndarray, layout: Layout) -> int:
+def encoded_bytes(values: np.ndarray, layout: Layout) -> int:
+    """How many bytes `encode` makes."""
     innermost = values.shape[layout.order[-1]] // layout.block
     rows = values.size // (innermost * layout.block)
     # Single weights are as many in any order.

@@ -78,7 +78,7 @@ def export_tflite(
     metadata = _metadata(model, quantize)
     plain = strip(model)
     reference = Reference(plain, inputs)
-    plain, changes = prepare(plain, unroll=representative is not None)
+    plain, changes = prepare(plain, quantize, unroll=representative is not None, smallest=smallest)
     with _folder_beside(path) as folder:
         dense, sparse = pathlib.Path(folder, "dense.tflite"), pathlib.Path(folder, "sparse.tflite")
         difference, notes_of_conversion = _convert_to_run(plain, dense, quantize, representative, reference)
