@@ -102,14 +102,17 @@ def picture(rows, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for ax, key, label in ((axes[0], "bytes", "bytes of the file"), (axes[1], "latency", "seconds for one image")):
-        for row in rows:
-            is_dense = row["name"].startswith("dense")
-            ax.plot(row[key], row["accuracy"], "ks" if is_dense else "C1o", markersize=6)
-            ax.annotate(row["name"], (row[key], row["accuracy"]), textcoords="offset points", xytext=(5, 4), fontsize=7)
-        ax.set(xscale="log", xlabel=label)
-        ax.margins(x=0.35, y=0.15)
+    for ax, key, unit, label in (
+        (axes[0], "bytes", 1e3, "kilobytes"),
+        (axes[1], "latency", 1e-3, "milliseconds for one image"),
+    ):
+        for row, marker in zip(rows, "sDo^vP"):
+            color = "k" if row["name"].startswith("dense") else "C1"
+            ax.plot(row[key] / unit, row["accuracy"], color + marker, markersize=8, label=row["name"], markeredgecolor="k")
+        ax.set(xlabel=label, xlim=(0, None))
+        ax.margins(y=0.1)
     axes[0].set_ylabel("test accuracy")
+    axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -142,9 +145,9 @@ def main():
     repaired = kr.export.repair(model)
     print("\n".join(repaired.repair_notes))
     pruned = prune(repaired, train, "litert", arguments.sparsity, arguments)
-    print(f"Pruned for floats to a sparsity of {kr.summary(pruned).sparsity:.1%}; for integers ", end="")
     integers = prune(repaired, train, "litert-int8", arguments.integer_sparsity, arguments)
-    print(f"{kr.summary(integers).sparsity:.1%}, with {integers.count_params():,} of {model.count_params():,} parameters")
+    print(f"Pruned for floats: {kr.summary(pruned).sparsity:.1%} of the weights are zero.", end=" ")
+    print(f"For integers: {integers.count_params():,} of {model.count_params():,} parameters are left.")
     rows += export(pruned, "pruned", ["float32", "float16"], train, test, rows[0]["path"])
     rows += export(integers, "pruned", ["int8 weights", "int8"], train, test, rows[0]["path"])
     print(f"\n{table(rows)}\n")
