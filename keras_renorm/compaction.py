@@ -11,7 +11,7 @@ import numpy as np
 from keras_renorm import validation
 from keras_renorm.channels import Rule, rule_of
 from keras_renorm.conversion import compile_like, strip
-from keras_renorm.graph import Graph, functional_of, graph_of, remake
+from keras_renorm.graph import Graph, check_graph, functional_of, graph_of, remake
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.tables import format_table
 
@@ -88,11 +88,7 @@ def compact(model: keras.Model) -> keras.Model:
     True
     """
     validation.check_model(model)
-    if functional_of(model) is None:
-        raise ValueError(
-            f"Argument `model` must be a Sequential or Functional model. Received: model={model.name} (of type "
-            f"{type(model).__name__}), whose graph cannot be seen from outside."
-        )
+    check_graph(model)
     plain = strip(model) if masked_layers(model) else model
     graph = graph_of(plain)
     rules = [rule_of(call) for call in graph.calls]

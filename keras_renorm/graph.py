@@ -241,6 +241,15 @@ def functional_of(model: Any) -> Functional | None:
     return found if isinstance(found, Functional) else None
 
 
+def check_graph(model: keras.Model) -> None:
+    """Raise if the calls of a model cannot be seen."""
+    if functional_of(model) is None:
+        raise ValueError(
+            f"Argument `model` must be a Sequential or Functional model. Received: model={model.name} (of type "
+            f"{type(model).__name__}), whose graph cannot be seen from outside."
+        )
+
+
 def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Callable]) -> keras.Model:
     """A model of the same graph with other operations.
 

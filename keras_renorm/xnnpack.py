@@ -161,10 +161,27 @@ def find_breakers(nodes: list[Node]) -> list[Breaker]:
 
 
 def _describe(node: Node) -> Breaker:
-    rows, columns = node.kernel
-    shape = f"is a {rows}x{columns} {'depthwise ' if node.kind == 'depthwise' else ''}convolution with strides {node.strides}"
     if node.kind not in ("conv", "depthwise"):
         return Breaker(node.name, f"is {node.kind}, for which there is no kernel", "Replace it, or prune whole units instead.")
+    rows, columns = node.kernel
+    shape = f"is a {rows}x{columns} {'depthwise ' if node.kind == 'depthwise' else ''}convolution with strides {node.strides}"
+    if node.is_pointwise:
+        return Breaker(node.name, shape, "Supported are 1x1 convolutions with strides 1, without padding, groups or dilation.")
+    if node.kind == "conv" and (node.kernel, node.strides, node.channels, node.plain) != ((3, 3), (2, 2), 3, True):
+        return Breaker(
+            node.name,
+            f"{shape} on {node.channels} channels",
+            "Only the first convolution may be other than 1x1 and depthwise: 3x3, strides 2, 3 channels, after "
+            "ZeroPadding2D(1). Build the others of depthwise and 1x1 ones, or prune whole units instead.",
+        )
+    margin = {(3, 3): 1, (5, 5): 2}.get(node.kernel)
+    if margin is None or node.strides not in ((1, 1), (2, 2)) or node.dilation != (1, 1) or not node.plain:
+        return Breaker(
+            node.name,
+            shape,
+            "Supported are depthwise convolutions of 3x3 and 5x5 with strides 1 or 2, without dilation, with a depth "
+            "multiplier of 1.",
+        )
     if node.padding is None or len(set(node.padding)) > 1:
         why = "padding 'same'" if node.padding is None else f"margins {node.padding}"
         return Breaker(
@@ -172,17 +189,7 @@ def _describe(node: Node) -> Breaker:
             f"{shape} and {why} instead of equal ones on all sides",
             "`keras_renorm.export.repair` makes them equal.",
         )
-    if node.kind == "depthwise":
-        wanted = "3x3 (padded by 1) or 5x5 (padded by 2) with strides 1 or 2, without dilation, with a depth multiplier of 1"
-        return Breaker(node.name, f"{shape}, padded by {node.padding[0]}", f"Supported are {wanted}.")
-    if node.is_pointwise:
-        return Breaker(node.name, shape, "Supported are 1x1 convolutions with strides 1, without padding, groups or dilation.")
-    return Breaker(
-        node.name,
-        f"{shape} on {node.channels} channels, padded by {node.padding[0]}",
-        "Only the first convolution may be other than 1x1 and depthwise: 3x3, strides 2, 3 channels, after ZeroPadding2D(1). "
-        "Build the others of depthwise and 1x1 ones, or prune whole units instead.",
-    )
+    return Breaker(node.name, f"{shape}, padded by {node.padding[0]}", f"Pad by {margin} on all sides.")
 
 
 def nodes_of(model: keras.Model) -> list[Node]:

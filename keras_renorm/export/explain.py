@@ -157,7 +157,7 @@ def explain(model_or_path: keras.Model | str | os.PathLike) -> Explanation:
         model = flatbuffer.parse(data)
         metadata = flatbuffer.read_metadata(data)
         layers = frozenset(layer["layer"] for layer in (metadata or {}).get("layers", ()))
-        nodes = [node for graph in model.subgraphs for node in operations.nodes_of(model, graph, layers)]
+        nodes = operations.nodes_of(model, layers)
         uses = list(_uses(model, layers))
     except Exception as error:
         raise ValueError(f"File '{path}' begins like a `.tflite` model, but cannot be read: {error!r}.") from error

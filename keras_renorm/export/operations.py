@@ -26,10 +26,8 @@ class Constants:
         self._made_of: dict[int, int] = {}
         self.unpacking = []
         for operator in graph.operators:
-            if (
-                flatbuffer.operator_name(model, operator) in ("DENSIFY", "DEQUANTIZE")
-                and self.source(operator.inputs[0]) is not None
-            ):
+            unpacks = flatbuffer.operator_name(model, operator) in ("DENSIFY", "DEQUANTIZE")
+            if unpacks and self.source(operator.inputs[0]) is not None:
                 self._made_of[int(operator.outputs[0])] = int(operator.inputs[0])
                 self.unpacking.append(operator)
 
@@ -73,8 +71,9 @@ def layer_name(tensors: list, layers: frozenset[str]) -> str:
     return next((scope[-2] for scope in scopes if len(scope) > 1 and scope[-1].rstrip("0123456789") in kinds), names[0])
 
 
-def nodes_of(model: Any, graph: Any, layers: frozenset[str]) -> list[xnnpack.Node]:
-    """The operations of a graph; `layers` are names of layers of the Keras model, if they are known."""
+def nodes_of(model: Any, layers: frozenset[str]) -> list[xnnpack.Node]:
+    """The operations of a model's main graph; `layers` are names of layers of the Keras model, if they are known."""
+    graph = model.subgraphs[0]
     constants = Constants(model, graph)
     readers = collections.Counter(index for operator in graph.operators for index in inputs_of(operator))
     readers.update(int(index) for index in graph.outputs)
@@ -146,10 +145,10 @@ def with_written_margins(data: bytes) -> bytes:
     """
     model = flatbuffer.parse(data)
     if not _has_path(model):
-        for graph in model.subgraphs:
-            for operator in list(graph.operators):
-                if flatbuffer.operator_name(model, operator) in ("CONV_2D", "DEPTHWISE_CONV_2D"):
-                    _write_margins(model, graph, operator)
+        graph = model.subgraphs[0]
+        for operator in list(graph.operators):
+            if flatbuffer.operator_name(model, operator) in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+                _write_margins(model, graph, operator)
         if _has_path(model):
             return flatbuffer.pack(model)
     return data
@@ -162,7 +161,7 @@ def has_loops(data: bytes) -> bool:
 
 
 def _has_path(model: Any) -> bool:
-    nodes = [node for graph in model.subgraphs for node in nodes_of(model, graph, frozenset())]
+    nodes = nodes_of(model, frozenset())
     return not any(node.is_pointwise for node in nodes) or not xnnpack.find_breakers(nodes)
 
 

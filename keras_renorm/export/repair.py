@@ -10,7 +10,7 @@ import numpy as np
 from keras_renorm import validation, xnnpack
 from keras_renorm.conversion import compile_like, copy_layer, strip
 from keras_renorm.export.rewriting import Change, rewrite, values_of
-from keras_renorm.graph import Call, Graph, functional_of, graph_of
+from keras_renorm.graph import Call, Graph, check_graph, functional_of, graph_of
 from keras_renorm.layers.masked import masked_layers
 
 L = keras.layers
@@ -55,11 +55,7 @@ def repair(model: keras.Model) -> keras.Model:
     2
     """
     validation.check_model(model)
-    if functional_of(model) is None:
-        raise ValueError(
-            f"Argument `model` must be a Sequential or Functional model. Received: model={model.name} (of type "
-            f"{type(model).__name__}), whose graph cannot be seen from outside."
-        )
+    check_graph(model)
     plain = strip(model) if masked_layers(model) else model
     graph = graph_of(plain)
     changes, notes = _changes_of_padding(graph)
