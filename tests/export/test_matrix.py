@@ -63,6 +63,8 @@ PATTERNS = {
     "unit": ("unit", 0.5),
 }
 QUANTIZATIONS = [None, "float16", "int8", "full int8"]
+# Half floats that are unpacked before rows of them are looked up come out as zeros. When this fails, the runtime was mended.
+FALL_BACK = {("Embedding", "float16")}
 CASES = [(network, quantize, pattern) for network in NETWORKS for quantize in QUANTIZATIONS for pattern in PATTERNS]
 # One of each in the quick suite: all networks, all patterns, all quantizations.
 QUICK = {(network, QUANTIZATIONS[i % 4], list(PATTERNS)[(i + i // 4) % 4]) for i, network in enumerate(NETWORKS)}
@@ -93,7 +95,8 @@ def test_the_file_loads_runs_and_agrees(network, quantize, pattern, tmp_path, ge
     tolerance = {None: 1e-5, "float16": 5e-3, "int8": 0.05, "full int8": 0.25}[quantize]
     assert report.difference <= tolerance * report.output_range
     assert report.bytes <= report.dense_bytes
-    assert not any("does not run them sparse" in note for note in report.notes), report.notes
+    fell_back = any("does not run them sparse" in note for note in report.notes)
+    assert fell_back == ((network, quantize) in FALL_BACK), report.notes
     told = kr.export.explain(report.path)
     assert sum(row.bytes for row in told.rows) < report.bytes
     assert all(0 <= row.density <= 1 for row in told.rows)
