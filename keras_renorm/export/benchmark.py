@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from keras_renorm import validation
+from keras_renorm.export import flatbuffer
 from keras_renorm.export.verification import load
 
 
@@ -90,6 +91,8 @@ def benchmark(
         validation.check_count(value, argument)
     others = [against] if isinstance(against, (str, os.PathLike)) else list(against)
     paths = [pathlib.Path(one) for one in (path, *others)]
+    for one in paths:
+        flatbuffer.read(one, "path" if one is paths[0] else "against")
     interpreters = [_ready(load(one, threads)) for one in paths]
     seconds = np.zeros((len(paths), runs))
     for run in range(-warmup, runs):

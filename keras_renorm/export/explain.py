@@ -147,20 +147,11 @@ def explain(model_or_path: keras.Model | str | os.PathLike) -> Explanation:
             f"model_or_path={model_or_path!r} (of type {type(model_or_path)})."
         )
     path = pathlib.Path(model_or_path)
-    data = path.read_bytes()
-    if data[4:8] != b"TFL3":
-        raise ValueError(
-            "Argument `model_or_path` must be a `.tflite` model, which this file is not. Received: "
-            f"model_or_path={str(path)!r}."
-        )
-    try:
-        model = flatbuffer.parse(data)
-        metadata = flatbuffer.read_metadata(data)
-        layers = frozenset(layer["layer"] for layer in (metadata or {}).get("layers", ()))
-        nodes = operations.nodes_of(model, layers)
-        uses = list(_uses(model, layers))
-    except Exception as error:
-        raise ValueError(f"File '{path}' begins like a `.tflite` model, but cannot be read: {error!r}.") from error
+    data, model = flatbuffer.read(path, "model_or_path")
+    metadata = flatbuffer.read_metadata(data)
+    layers = frozenset(layer["layer"] for layer in (metadata or {}).get("layers", ()))
+    nodes = operations.nodes_of(model, layers)
+    uses = list(_uses(model, layers))
     zeros = xnnpack.pointwise_zeros(nodes)
     has_path = any(node.is_pointwise for node in nodes)
     breakers = tuple(xnnpack.find_breakers(nodes)) if has_path else ()

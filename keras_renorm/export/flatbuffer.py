@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,40 @@ def schema() -> Any:
     return schema_py_generated
 
 
+def make(kind: str, **fields: Any) -> Any:
+    """A new object of a kind of the schema, such as `"Tensor"`."""
+    made = getattr(schema(), f"{kind}T")()
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
 def parse(data: bytes) -> Any:
     """A file's contents, in the classes that TensorFlow generates from the schema."""
     return schema().ModelT.InitFromPackedBuf(data, 0)
+
+
+def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
+    """The bytes and the contents of a file that somebody names.
+
+    The runtime itself may crash on a file that was cut off.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not a whole `.tflite` model.
+    """
+    data = path.read_bytes()
+    if data[4:8] != b"TFL3":
+        raise ValueError(
+            f"Argument `{argument}` must be a `.tflite` model, which this file is not. Received: {argument}={str(path)!r}."
+        )
+    try:
+        return data, parse(data)
+    except Exception as error:
+        raise ValueError(
+            f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but cannot be read ({error!r}). "
+            f"Received: {argument}={str(path)!r}."
+        ) from error
 
 
 def pack(model: Any) -> bytes:
@@ -96,16 +128,15 @@ def operator_index(model: Any, number: int, version: int) -> int:
     for index, code in enumerate(model.operatorCodes):
         if (operator_code(code), code.version) == (number, version):
             return index
-    code = schema().OperatorCodeT(deprecatedBuiltinCode=min(number, 127), builtinCode=number, version=version)
+    code = make("OperatorCode", deprecatedBuiltinCode=min(number, 127), builtinCode=number, version=version)
     model.operatorCodes.append(code)
     return len(model.operatorCodes) - 1
 
 
 def add_metadata(model: Any, metadata: dict) -> None:
     """Put JSON into a model."""
-    generated = schema()
-    model.buffers.append(generated.BufferT(data=np.frombuffer(json.dumps(metadata).encode(), np.uint8)))
-    entry = generated.MetadataT(name=METADATA, buffer=len(model.buffers) - 1)
+    model.buffers.append(make("Buffer", data=np.frombuffer(json.dumps(metadata).encode(), np.uint8)))
+    entry = make("Metadata", name=METADATA, buffer=len(model.buffers) - 1)
     model.metadata = [*(model.metadata or []), entry]
 
 

@@ -176,10 +176,16 @@ def _write_margins(model: Any, graph: Any, operator: Any) -> None:
         return
     margin = margins[0]
     paddings = np.array([[0, 0], [margin, margin], [margin, margin], [0, 0]], np.int32)
-    model.buffers.append(schema.BufferT(data=np.frombuffer(paddings.tobytes(), np.uint8)))
+    model.buffers.append(flatbuffer.make("Buffer", data=np.frombuffer(paddings.tobytes(), np.uint8)))
     name = graph.tensors[operator.outputs[0]].name
-    constant = schema.TensorT(np.array([4, 2], np.int32), schema.TensorType.INT32, len(model.buffers) - 1, name + b"/margins")
-    padded = schema.TensorT(type=source.type, name=name + b"/padded", quantization=source.quantization)
+    constant = flatbuffer.make(
+        "Tensor",
+        shape=np.array(paddings.shape, np.int32),
+        type=schema.TensorType.INT32,
+        buffer=len(model.buffers) - 1,
+        name=name + b"/margins",
+    )
+    padded = flatbuffer.make("Tensor", type=source.type, name=name + b"/padded", quantization=source.quantization)
     for field in ("shape", "shapeSignature"):
         sides = getattr(source, field)
         if sides is not None:
@@ -187,12 +193,13 @@ def _write_margins(model: Any, graph: Any, operator: Any) -> None:
             setattr(padded, field, np.where(np.asarray(sides) < 0, sides, sides + moved).astype(np.int32))
     graph.tensors += [constant, padded]
     count = len(graph.tensors)
-    pad = schema.OperatorT(
+    pad = flatbuffer.make(
+        "Operator",
         opcodeIndex=flatbuffer.operator_index(model, schema.BuiltinOperator.PAD, 1),
         inputs=np.array([operator.inputs[0], count - 2], np.int32),
         outputs=np.array([count - 1], np.int32),
         builtinOptionsType=schema.BuiltinOptions.PadOptions,
-        builtinOptions=schema.PadOptionsT(),
+        builtinOptions=flatbuffer.make("PadOptions"),
     )
     graph.operators.insert(graph.operators.index(operator), pad)
     operator.inputs = np.array([count - 1, *operator.inputs[1:]], np.int32)

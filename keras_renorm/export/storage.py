@@ -213,16 +213,15 @@ def _sparsity(tensor: Any, layout: Layout, encoded: Encoded) -> Any:
     schema = flatbuffer.schema()
 
     def dense(size):
-        return schema.DimensionMetadataT(format=schema.DimensionType.DENSE, denseSize=int(size))
+        return flatbuffer.make("DimensionMetadata", format=schema.DimensionType.DENSE, denseSize=int(size))
 
     def vector(numbers):
         kind = {"uint8": "Uint8Vector", "uint16": "Uint16Vector", "int32": "Int32Vector"}[numbers.dtype.name]
-        made = getattr(schema, f"{kind}T")()
-        made.values = numbers
-        return getattr(schema.SparseIndexVector, kind), made
+        return getattr(schema.SparseIndexVector, kind), flatbuffer.make(kind, values=numbers)
 
     (segments_type, segments), (indices_type, indices) = vector(encoded.segments), vector(encoded.indices)
-    innermost = schema.DimensionMetadataT(
+    innermost = flatbuffer.make(
+        "DimensionMetadata",
         format=schema.DimensionType.SPARSE_CSR,
         arraySegmentsType=segments_type,
         arraySegments=segments,
@@ -235,26 +234,30 @@ def _sparsity(tensor: Any, layout: Layout, encoded: Encoded) -> Any:
         order.append(len(order))
         metadata.append(dense(layout.block))
         blocks = np.array([layout.order[-1]], np.int32)
-    return schema.SparsityParametersT(np.array(order, np.int32), blocks, metadata)
+    return flatbuffer.make(
+        "SparsityParameters", traversalOrder=np.array(order, np.int32), blockMap=blocks, dimMetadata=metadata
+    )
 
 
 def _unpack_before_use(model: Any, graph: Any, index: int) -> None:
     """Put DENSIFY between a tensor and all that read it."""
     schema = flatbuffer.schema()
     sparse = graph.tensors[index]
-    dense = schema.TensorT(shape=sparse.shape, type=sparse.type, name=sparse.name + b"/dense", quantization=sparse.quantization)
-    dense.shapeSignature, dense.hasRank = sparse.shapeSignature, sparse.hasRank
+    fields = ("shape", "shapeSignature", "hasRank", "type", "quantization")
+    kept = {field: getattr(sparse, field) for field in fields}
+    dense = flatbuffer.make("Tensor", name=sparse.name + b"/dense", **kept)
     graph.tensors.append(dense)
     for operator in graph.operators:
         if operator.inputs is not None:
             inputs = np.asarray(operator.inputs)
             operator.inputs = np.where(inputs == index, len(graph.tensors) - 1, inputs).astype(np.int32)
-    operator = schema.OperatorT(
+    operator = flatbuffer.make(
+        "Operator",
         opcodeIndex=flatbuffer.operator_index(model, schema.BuiltinOperator.DENSIFY, 1),
         inputs=np.array([index], np.int32),
         outputs=np.array([len(graph.tensors) - 1], np.int32),
         builtinOptionsType=schema.BuiltinOptions.DensifyOptions,
-        builtinOptions=schema.DensifyOptionsT(),
+        builtinOptions=flatbuffer.make("DensifyOptions"),
     )
     graph.operators.insert(0, operator)
 

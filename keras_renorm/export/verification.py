@@ -90,14 +90,8 @@ def load(path: pathlib.Path, threads: int | None = None) -> Any:
     """An interpreter for a `.tflite` file.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is not a `.tflite` model.
         RuntimeError: if the runtime cannot load it.
     """
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if start[4:] != b"TFL3":
-        raise ValueError(f"Argument `path` must be a `.tflite` model, which this file is not. Received: path={str(path)!r}.")
     with warnings.catch_warnings():
         # Whoever has no LiteRT is served by TensorFlow's own, deprecated as it is.
         warnings.filterwarnings("ignore", message=r"(?s)\s*Warning: .*ai_edge_litert")
