@@ -38,17 +38,22 @@ BITS = {"float32": 32, "float16": 16, "int8": 8}
 def dense(arguments, folder):
     print("\nTwo Dense layers of 4096, batch of one, one thread, on this machine")
     model = keras.Sequential([keras.Input((4096,)), L.Dense(4096, "relu"), L.Dense(4096)])
-    kr.export_tflite(model, folder / "dense.tflite")
-    for pattern in (kr.patterns.Block((4, 1)), kr.patterns.Unstructured()):
-        for sparsity in (0.9, 0.95):
-            pruned = kr.prune(model, sparsity, pattern=pattern, allocation="uniform")
-            report = kr.export_tflite(pruned, folder / "pruned.tflite")
-            times = kr.export.benchmark(folder / "pruned.tflite", folder / "dense.tflite", runs=arguments.runs)
-            print(
-                f"{pattern!r:16} {sparsity:.0%}  {1e3 * times.rows[1].median:.2f} -> {1e3 * times.rows[0].median:.2f} ms "
-                f"({1 / times.ratio:.1f} times faster)  file {report.ratio:.3f} of dense",
-                flush=True,
-            )
+    cases = [
+        (pattern, sparsity, None)
+        for pattern in (kr.patterns.Block((4, 1)), kr.patterns.Unstructured())
+        for sparsity in (0.9, 0.95)
+    ]
+    cases += [(pattern, 0.9, "int8") for pattern in (kr.patterns.Block((16, 1)), kr.patterns.Unstructured())]
+    for pattern, sparsity, quantize in cases:
+        kr.export_tflite(model, folder / "dense.tflite", quantize=quantize)
+        pruned = kr.prune(model, sparsity, pattern=pattern, allocation="uniform")
+        report = kr.export_tflite(pruned, folder / "pruned.tflite", quantize=quantize, smallest=True)
+        times = kr.export.benchmark(folder / "pruned.tflite", folder / "dense.tflite", runs=arguments.runs)
+        print(
+            f"{pattern!r:18} {sparsity:.0%} {quantize or 'float32':7}  {1e3 * times.rows[1].median:.2f} -> "
+            f"{1e3 * times.rows[0].median:.2f} ms ({1 / times.ratio:.2f} times as fast)  file {report.ratio:.3f} of dense",
+            flush=True,
+        )
 
 
 def mobile(arguments, folder):

@@ -178,7 +178,8 @@ def main():
 
     arguments.out.mkdir(exist_ok=True, parents=True)
     text = arguments.text.stem if arguments.text else "topics"
-    path = arguments.out / f"language_model_{text}_{arguments.width}_{arguments.steps}_{arguments.learning_rate:g}.keras"
+    settings = f"{arguments.width}_{arguments.steps}x{arguments.batch}_{arguments.learning_rate:g}"
+    path = arguments.out / f"language_model_{text}_{settings}.keras"
     if path.exists():
         dense = keras.models.load_model(path)
     else:

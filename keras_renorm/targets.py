@@ -28,7 +28,8 @@ def choose_patterns(
         layers: the layers to prune.
 
     Raises:
-        ValueError: if a name matches no layer, a pattern or the target is not known, or both are given.
+        ValueError: if a name matches no layer, a pattern or the target is not known, both are given, or the
+            target leaves all layers whole.
     """
     validation.check_choice(target, (None, *TARGETS), "target")
     if not isinstance(pattern, dict):
@@ -48,10 +49,16 @@ def choose_patterns(
             )
     chosen = {name: patterns.get(value) for name, value in pattern.items()}
     has_path = target == "litert" and _has_sparse_path(model)
-    return {
+    found = {
         id(layer): by_name(chosen, layer, patterns.Unstructured() if target is None else _usable(layer, target, has_path))
         for layer in layers
     }
+    if not any(found.values()):
+        raise ValueError(
+            f"The runtime has no use for zeros in any of the layers {[layer.name for layer in layers]}. Received: "
+            f"target={target!r}. Name their pattern in a dict as `pattern`, or leave `target` out."
+        )
+    return found
 
 
 def by_name(table: dict[str, Any], layer: keras.Layer, default: Any = None) -> Any:

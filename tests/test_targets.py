@@ -106,3 +106,10 @@ def test_layers_that_are_prunable(target):
 def test_wrong_arguments(function, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(conv_net(), **arguments)
+
+
+def test_a_target_that_leaves_all_whole():
+    model = keras.Sequential([keras.Input((8, 8, 4)), L.DepthwiseConv2D(3, name="only")])
+    for function in (lambda: kr.prune(model, 0.5, target="litert"), lambda: kr.to_prunable(model, target="litert")):
+        with pytest.raises(ValueError, match="no use for zeros in any of the layers .'only'.*Received: target='litert'"):
+            function()

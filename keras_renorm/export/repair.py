@@ -116,7 +116,7 @@ def _symmetric(layer: keras.Layer, margins: tuple, size: tuple, channels: int) -
 
     Margins are equal already where the sides of an image are odd.
     """
-    kernel, (weights, *bias) = tuple(layer.kernel_size), values_of(layer) or [None]
+    kernel, (weights, *bias) = tuple(layer.kernel_size), values_of(layer)
     is_depthwise = type(layer) is L.DepthwiseConv2D and layer.depth_multiplier == 1
     is_entry = type(layer) is L.Conv2D and kernel == (3, 3) and channels == 3 and layer.groups == 1
     if not is_entry and not (is_depthwise and kernel in ((3, 3), (5, 5))):

@@ -91,16 +91,17 @@ def export_tflite(
             )
         storage = Storage(with_written_margins(dense.read_bytes()), smallest)
         errors: list[str] = []
+        distances: list[float] = []
 
         def works(tensors):
             sparse.write_bytes(storage.write(tensors, metadata))
             try:
-                distance = reference.difference(sparse)
+                distances.append(reference.difference(sparse))
             except (RuntimeError, ValueError) as error:
                 errors.append(first_line(error))
                 return False
-            if distance > 2 * difference + 1e-3 * reference.range:
-                errors.append(f"outputs differ by {distance:.2g}")
+            if distances[-1] > 2 * difference + 1e-3 * reference.range:
+                errors.append(f"outputs differ by {distances[-1]:.2g}")
                 return False
             return True
 
@@ -108,7 +109,6 @@ def export_tflite(
         if not works(kept):
             raise RuntimeError(f"The runtime does not run the file that was made of model '{model.name}': {errors[-1]}.")
         notes += _stored_in_full(storage, kept, errors)
-        difference = reference.difference(sparse)
         data, dense_data = sparse.read_bytes(), storage.write([], metadata)
         os.replace(sparse, path)
     return ExportReport(
@@ -120,7 +120,7 @@ def export_tflite(
         dense_gzip_bytes=len(gzip.compress(dense_data, 6)),
         stored_sparse=bool(kept),
         tensors=weight_tensors(data),
-        difference=difference,
+        difference=distances[-1],
         output_range=reference.range,
         notes=tuple(notes),
     )
