@@ -215,6 +215,7 @@ def main():
     parser.add_argument("--dense-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=5, help="of each round")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
         "--ways",
         nargs="+",
@@ -229,7 +230,7 @@ def main():
     for network in arguments.network:
         path = arguments.out / f"neural_relief_{arguments.dataset}_{network}_{arguments.optimizer}.json"
         rows = json.loads(path.read_text()) if path.exists() else []
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             if not any(row["seed"] == seed for row in rows):
                 rows.append(run(arguments.dataset, network, seed, arguments))
                 curves.save(path, rows)
