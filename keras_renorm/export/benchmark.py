@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,21 +93,26 @@ def benchmark(
     paths = [pathlib.Path(one) for one in (path, *others)]
     for one in paths:
         flatbuffer.read(one, "path" if one is paths[0] else "against")
-    interpreters = [_ready(load(one, threads)) for one in paths]
-    seconds = np.zeros((len(paths), runs))
-    for run in range(-warmup, runs):
-        for index, interpreter in enumerate(interpreters):
-            started = time.perf_counter()
-            interpreter.invoke()
-            if run >= 0:
-                seconds[index, run] = time.perf_counter() - started
-    low, median, high = np.percentile(seconds, [10, 50, 90], axis=1)
+    low, median, high = in_turns([inference(one, threads) for one in paths], runs, warmup)
     rows = tuple(Latency(one, *map(float, values)) for one, *values in zip(paths, median, low, high))
     return Benchmark(rows, runs, threads)
 
 
-def _ready(interpreter: Any) -> Any:
-    """Give an interpreter one random sample."""
+def in_turns(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> np.ndarray:
+    """Time functions in turns: 10th percentile, median and 90th percentile in seconds, of shape `(3, len(calls))`."""
+    seconds = np.zeros((len(calls), runs))
+    for run in range(-warmup, runs):
+        for index, call in enumerate(calls):
+            started = time.perf_counter()
+            call()
+            if run >= 0:
+                seconds[index, run] = time.perf_counter() - started
+    return np.percentile(seconds, [10, 50, 90], axis=1)
+
+
+def inference(path: pathlib.Path, threads: int) -> Callable[[], None]:
+    """What runs a `.tflite` file on one random sample."""
+    interpreter = load(path, threads)
     generator = np.random.default_rng(0)
     for detail in interpreter.get_input_details():
         shape = [1 if side < 0 else int(side) for side in detail["shape_signature"]]
@@ -120,4 +125,4 @@ def _ready(interpreter: Any) -> Any:
         else:
             value = generator.integers(0, 2, detail["shape"])
         interpreter.set_tensor(detail["index"], value.astype(detail["dtype"]))
-    return interpreter
+    return interpreter.invoke

@@ -66,24 +66,52 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
     Raises:
         RuntimeError: if the runtime cannot load or run the file.
     """
-    interpreter = load(path)
-    interpreter.allocate_tensors()
-    signature = next(iter(interpreter.get_signature_list()))
-    runner = interpreter.get_signature_runner(signature)
-    details = runner.get_input_details()
+    runner = Runner(path)
     if len(inputs) == 1:
-        names = list(details)
-    feeds = {name: value.astype(details[name]["dtype"]) for name, value in zip(names, inputs)}
-    batch = {len(value) for value in inputs}
-    fixed = {detail["shape_signature"][0] for detail in details.values()}
-    if fixed == {1} and batch != {1}:
-        outputs = [runner(**{name: value[index : index + 1] for name, value in feeds.items()}) for index in range(*batch)]
-        answer = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
-    else:
-        answer = runner(**feeds)
+        names = list(runner.inputs)
+    answer = runner(dict(zip(names, inputs)))
     # Keras names the outputs of a list `output_0`, `output_1`, ...; those of a dict keep their keys.
     order = sorted(answer) if keys else sorted(answer, key=lambda name: int(name.removeprefix("output_")))
     return [answer[name] for name in order]
+
+
+class Runner:
+    """A `.tflite` file that answers batches.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        inputs: what the runtime tells of each input, by its name.
+
+    Raises:
+        RuntimeError: if the runtime cannot load the file, or its inputs have no names.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        interpreter = load(path)
+        interpreter.allocate_tensors()
+        signatures = list(interpreter.get_signature_list())
+        if not signatures:
+            raise RuntimeError(f"'{path}' has no signature, which names inputs and outputs: its converter is too old.")
+        self._runner = interpreter.get_signature_runner(signatures[0])
+        self.inputs = self._runner.get_input_details()
+
+    def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs by name, for arrays with a batch axis, by the name of the input.
+
+        Raises:
+            RuntimeError: if the runtime cannot run the file.
+        """
+        feeds = {name: value.astype(self.inputs[name]["dtype"]) for name, value in feeds.items()}
+        batch = {len(value) for value in feeds.values()}
+        fixed = {detail["shape_signature"][0] for detail in self.inputs.values()}
+        if fixed == {1} and batch != {1}:
+            singles = [
+                self._runner(**{name: value[index : index + 1] for name, value in feeds.items()}) for index in range(*batch)
+            ]
+            return {name: np.concatenate([single[name] for single in singles]) for name in singles[0]}
+        return self._runner(**feeds)
 
 
 def load(path: pathlib.Path, threads: int | None = None) -> Any:
