@@ -40,7 +40,8 @@ class CalibratedCriterion(Criterion):
         """The weights to keep, bool of the shape of `matrix`.
 
         Args:
-            matrix, statistics: as in `__call__`.
+            matrix: as in `__call__`.
+            statistics: likewise.
             mask_of: scores of that shape -> the mask that keeps the best of them.
         """
         return mask_of(self(matrix, statistics))
