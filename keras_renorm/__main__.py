@@ -1,0 +1,8 @@
+"""`python -m keras_renorm` is the command `keras-renorm`."""
+
+import sys
+
+from keras_renorm_cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""`keras-renorm export`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from keras_renorm.cli import files
+from keras_renorm.export import export_tflite
+
+
+def run(arguments: argparse.Namespace) -> tuple[str, dict]:
+    files.import_modules(arguments.modules)
+    model = files.load_model(arguments.model)
+    report = export_tflite(
+        model,
+        arguments.output,
+        quantize=arguments.quantize,
+        representative_data=files.inputs_from(arguments.representative_data, model),
+        samples=files.inputs_from(arguments.samples, model),
+        smallest=arguments.smallest,
+    )
+    return str(report), dataclasses.asdict(report) | {"ratio": report.ratio}

@@ -1,0 +1,153 @@
+"""Models and samples from files, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+_KERAS_FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "ops", "regularizers")
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules that register classes and functions; they may lie in the directory where the command runs.
+
+    Raises:
+        ValueError: if one cannot be imported.
+    """
+    if names and os.getcwd() not in sys.path:
+        # Last, so that nothing that happens to lie there takes the place of an installed module.
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise ValueError(
+                f"--import {name}: {type(error).__name__}: {error}. Pass the name of a module, without '.py', that is "
+                "installed or lies in this directory."
+            ) from error
+
+
+def load_model(path: pathlib.Path) -> keras.Model:
+    """Load a `.keras` file, without running code from it and without its loss, metrics and optimizer.
+
+    Raises:
+        ValueError: if it is not a whole Keras model, or holds objects that nobody registered.
+    """
+    if not zipfile.is_zipfile(path):
+        begin = path.read_bytes()[:2]
+        what = "begins like a Keras model, but is cut off. Copy or save it again" if begin == b"PK" else "is not a Keras model"
+        raise ValueError(f"'{path}' {what}.")
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be loaded. {_reason(path, error)}") from error
+
+
+def _reason(path: pathlib.Path, error: Exception) -> str:
+    """Why a file cannot be loaded, and what to do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                return f"Its part '{damaged}' is damaged. Copy or save it again."
+            config = json.loads(archive.read("config.json"))
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, OSError) as damage:
+        return f"It is no whole Keras model: {damage}."
+    config.pop("compile_config", None)
+    if unknown := list(dict.fromkeys(_unregistered(config))):
+        return (
+            f"It holds objects that are not Keras' own: {', '.join(unknown)}. Pass `--import MODULE`, a module that defines "
+            'them with `@keras.saving.register_keras_serializable("PACKAGE")`, where they are called PACKAGE>NAME.'
+        )
+    if "safe_mode" in str(error):
+        return (
+            "It holds Python code (such as the function of a Lambda layer), which is not run. Write that layer as a class or a "
+            "registered function; or, if you trust the file, work with it in Python: "
+            "`keras.models.load_model(path, safe_mode=False)`."
+        )
+    # Keras writes the whole config before the reason.
+    return str(error).rpartition("Exception encountered: ")[2].strip().splitlines()[0]
+
+
+def _unregistered(config: Any) -> Iterator[str]:
+    """Names of classes and functions in a model's config that Keras does not know."""
+    if isinstance(config, dict):
+        name = config.get("registered_name")
+        if name == "function":
+            name = config["config"]
+            if any(hasattr(getattr(keras, module), name) for module in _KERAS_FUNCTIONS):
+                name = None
+        if isinstance(name, str) and keras.saving.get_registered_object(name) is None:
+            yield name
+    for part in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from _unregistered(part)
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file by name; that of an `.npy` file is called `x`.
+
+    Raises:
+        ValueError: if the file is damaged, or holds Python objects, which could run code.
+    """
+    try:
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return {"x": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
+        if "pickle" not in str(error):
+            raise ValueError(f"'{path}' cannot be read as NumPy's arrays: {error}") from error
+        raise ValueError(
+            f"'{path}' is no file of plain arrays: what is in it may be Python objects, which could run code and are not "
+            "loaded. Save arrays of numbers: `np.savez('samples.npz', x=np.asarray(images, 'float32'))`."
+        ) from error
+
+
+def samples_of(arrays: dict[str, np.ndarray], names: Sequence[str], path: pathlib.Path) -> list[np.ndarray]:
+    """The arrays for the inputs of a model, in their order.
+
+    Args:
+        arrays: what is in the file.
+        names: of the inputs. The array of a single input may also be called `x`, or be the only one beside labels `y`.
+        path: the file, for the error message.
+
+    Raises:
+        ValueError: if arrays are missing.
+    """
+    if all(name in arrays for name in names):
+        return [arrays[name] for name in names]
+    others = [name for name in arrays if name != "y"]
+    if len(names) == 1 and ("x" in arrays or len(others) == 1):
+        return [arrays["x" if "x" in arrays else others[0]]]
+    wanted = "`x`" if len(names) == 1 else f"one array for each input of the model: {list(names)}"
+    raise ValueError(f"'{path}' must hold {wanted}. It holds {sorted(arrays)}.")
+
+
+def inputs_from(path: pathlib.Path | None, model: keras.Model) -> list[np.ndarray] | np.ndarray | None:
+    """The samples of a file, as the functions of `keras_renorm` take them."""
+    if path is None:
+        return None
+    arrays = samples_of(load_arrays(path), [tensor.name for tensor in model.inputs], path)
+    return arrays if len(arrays) > 1 else arrays[0]
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Another path to write to, which gets its name when all is done and is gone when something fails."""
+    try:
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"'{path}' cannot be written: {error.strerror}.") from error
+    with beside as folder:
+        partial = pathlib.Path(folder, path.name)
+        yield partial
+        os.replace(partial, path)

@@ -1,0 +1,56 @@
+"""`keras-renorm prune`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from keras_renorm import patterns
+from keras_renorm.cli import files
+from keras_renorm.compaction import compact
+from keras_renorm.pruning import prune
+
+
+def run(arguments: argparse.Namespace) -> tuple[str, dict]:
+    files.import_modules(arguments.modules)
+    model = files.load_model(arguments.model)
+    pattern = arguments.pattern
+    pruned = prune(
+        model,
+        arguments.sparsity,
+        criterion=arguments.criterion,
+        pattern={name: _pattern(one) for name, one in pattern.items()} if isinstance(pattern, dict) else _pattern(pattern),
+        group=arguments.group,
+        allocation=arguments.allocation,
+        renormalize=None if arguments.renormalize == "none" else arguments.renormalize,
+        calibration=files.inputs_from(arguments.calibration, model),
+        layers=arguments.layer,
+        target=arguments.target,
+        batch_size=arguments.batch_size,
+        verbose=int(sys.stderr.isatty()),
+    )
+    report, smaller = pruned.pruning_report, None
+    if arguments.compact:
+        pruned = compact(pruned)
+        smaller = pruned.compaction_report
+    with files.written_whole(arguments.output) as path:
+        pruned.save(path)
+    text = [str(report), *([f"\n{smaller}"] if smaller else []), f"\nwritten: {arguments.output}"]
+    data = {
+        "path": arguments.output,
+        "sparsity": report.sparsity,
+        "parameters": pruned.count_params(),
+        "rows": [dataclasses.asdict(row) | {"sparsity": row.sparsity} for row in report.rows],
+        "compacted": dataclasses.asdict(smaller) if smaller else None,
+    }
+    return "\n".join(text), data
+
+
+def _pattern(setting: tuple[str, tuple[int, ...]]) -> Any:
+    """The pattern for a name and, if there are, its numbers."""
+    name, numbers = setting
+    if not numbers:
+        return name
+    return patterns.Block(numbers) if name == "block" else patterns.NOfM(*numbers)

@@ -1,0 +1,443 @@
+import io
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import warnings
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+
+import keras_renorm as kr
+import keras_renorm_cli as cli
+from keras_renorm import allocation, criteria, masks, patterns, renorm, targets
+from keras_renorm.export import tflite
+
+L = keras.layers
+on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="export needs TensorFlow")
+
+
+@keras.saving.register_keras_serializable("tests")
+class OwnLayer(L.Dense):
+    pass
+
+
+@keras.saving.register_keras_serializable("tests")
+def own_activation(x):
+    return x
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, samples, and labels that the model gets right."""
+    keras.utils.set_random_seed(7)
+    folder = tmp_path_factory.mktemp("cli")
+    layers = [L.Dense(32, "relu", name="hidden"), L.Dense(4, name="logits")]
+    model = keras.Sequential([keras.Input((16,)), *layers], name="net")
+    model.compile("adam", "mse")
+    model.save(folder / "model.keras")
+    kr.prune(model, 0.75).save(folder / "pruned.keras")
+    x = np.random.default_rng(7).standard_normal((300, 16)).astype("float32")
+    np.savez(folder / "x.npz", x=x)
+    np.savez(folder / "xy.npz", x=x, y=model.predict(x, verbose=0).argmax(axis=-1))
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capsys):
+    """Runs a command where the files are; output goes to `tmp_path`."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments):
+        words = [str(tmp_path / word[1:]) if word.startswith("@") else word for word in " ".join(arguments).split()]
+        status = cli.main(words)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_prune_without_samples(run, tmp_path):
+    status, out, err = run("prune model.keras --sparsity 0.9 -o @out.keras")
+    assert (status, err) == (0, "")
+    assert "Magnitude" in out
+    assert f"written: {tmp_path / 'out.keras'}" in out
+    pruned = keras.models.load_model(tmp_path / "out.keras")
+    assert kr.summary(pruned).sparsity == pytest.approx(0.9, abs=0.01)
+    assert os.listdir(tmp_path) == ["out.keras"]
+
+
+def test_prune_with_everything(run, tmp_path):
+    status, out, err = run(
+        "prune model.keras --sparsity hidden=0.75 --sparsity log*=0.5 --pattern hidden=block:8,1 --pattern logits=n_of_m:2,4",
+        "--calibration x.npz --criterion obs --renormalize moments --batch-size 64 --json -o @out.keras",
+    )
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert [(row["layer"], row["sparsity"], row["renormalize"]) for row in told["rows"]] == [
+        ("hidden", 0.75, "MatchMoments"),
+        ("logits", 0.5, "MatchMoments"),
+    ]
+    kernel = np.asarray(keras.models.load_model(tmp_path / "out.keras").get_layer("hidden").kernel)
+    assert np.isin((kernel.reshape(2, 8, 32) != 0).sum(axis=1), (0, 8)).all()
+
+
+def test_prune_units_and_take_them_out(run, tmp_path):
+    status, out, _ = run(
+        "prune model.keras --sparsity 0.5 --pattern unit --layer hidden --compact --renormalize none -o @s.keras"
+    )
+    assert status == 0
+    assert "(16, 32)  (16, 16)" in out
+    assert keras.models.load_model(tmp_path / "s.keras").get_layer("hidden").units == 16
+
+
+def test_report_of_a_keras_file(run):
+    status, out, _ = run("report pruned.keras")
+    assert status == 0
+    assert "hidden" in out
+    assert "0.7500" in out.splitlines()[-1]
+    told = json.loads(run("report pruned.keras --json")[1])
+    assert told["sparsity"] == 0.75
+    assert [row["layer"] for row in told["rows"]] == ["hidden", "logits"]
+
+
+@on_tensorflow
+def test_export_and_report_of_the_file(run, tmp_path):
+    status, out, err = run("export pruned.keras -o @p.tflite --samples x.npz")
+    assert (status, err) == (0, "")
+    assert "sparse storage" in out
+    status, out, _ = run("report @p.tflite --json")
+    told = json.loads(out)
+    assert status == 0
+    assert told["sparsity"] == pytest.approx(0.75)
+    assert told["metadata"]["sparsity"] == 0.75
+    assert "FULLY_CONNECTED" in run("report @p.tflite")[1]
+    status, out, _ = run("report pruned.keras --explain")
+    assert "as exported" in out
+    assert "exported" in json.loads(run("report pruned.keras --explain --json")[1])
+
+
+@on_tensorflow
+def test_export_of_integers(run, tmp_path):
+    options = "--quantize int8 --representative-data x.npz --smallest --json"
+    status, out, _ = run(f"export pruned.keras -o @i.tflite {options}")
+    told = json.loads(out)
+    assert (status, told["quantize"], told["path"]) == (0, "int8", str(tmp_path / "i.tflite"))
+
+
+@on_tensorflow
+def test_compare_files_of_both_kinds(run, tmp_path):
+    kr.export_tflite(keras.models.load_model("model.keras", compile=False), tmp_path / "dense.tflite")
+    status, out, err = run("compare model.keras @dense.tflite --data xy.npz --runs 3 --json")
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert [row["accuracy"] for row in told["files"]] == [1.0, 1.0]
+    assert [row["bytes"] for row in told["files"]] == [
+        os.path.getsize("model.keras"),
+        os.path.getsize(tmp_path / "dense.tflite"),
+    ]
+    assert told["difference"] < 1e-5 < told["output_range"]
+    assert (told["samples"], told["random"], told["same_class"]) == (300, False, 1.0)
+    status, out, _ = run("compare @dense.tflite pruned.keras --runs 3 --threads 2")
+    assert status == 0
+    assert "random inputs" in out
+    assert "latency" in out
+    assert "accuracy" not in out
+    status, out, _ = run("compare @dense.tflite @dense.tflite --data xy.npz --runs 3")
+    assert ["accuracy", "1.0000", "1.0000", "+0.0000"] in [line.split() for line in out.splitlines()]
+
+
+def test_compare_keras_files_on_samples(run):
+    status, out, _ = run("compare model.keras pruned.keras --data x.npz --runs 2")
+    assert status == 0
+    assert "on 300 samples" in out
+    told = json.loads(run("compare model.keras pruned.keras --data xy.npz --runs 2 --json")[1])
+    assert told["same_class"] == told["files"][1]["accuracy"] < told["files"][0]["accuracy"] == 1.0
+
+
+def test_several_inputs_come_by_their_names(run, tmp_path, generator):
+    left, right = keras.Input((4,), name="left"), keras.Input((6,), name="right")
+    model = keras.Model([right, left], L.Dense(1, "sigmoid")(L.Concatenate()([left, right])))
+    model.save(tmp_path / "two.keras")
+    x = {"left": generator.standard_normal((300, 4)), "right": generator.standard_normal((300, 6))}
+    y = np.asarray(model.predict([x["right"], x["left"]], verbose=0)) > 0.5
+    np.savez(tmp_path / "two.npz", y=y, **x)
+    told = json.loads(run("compare @two.keras @two.keras --data @two.npz --runs 1 --json")[1])
+    assert [row["accuracy"] for row in told["files"]] == [1.0, 1.0]
+    assert told["same_class"] is None
+    assert run("prune @two.keras --sparsity 0.5 --criterion activation --calibration @two.npz -o @out.keras")[0] == 0
+    status, _, err = run("prune @two.keras --sparsity 0.5 --calibration x.npz -o @other.keras")
+    assert status == 1
+    assert "one array for each input of the model: ['right', 'left']. It holds ['x']" in err
+    assert "take different inputs" in run("compare model.keras @two.keras")[2]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "accuracy"),
+    [
+        ([[0.1, 0.9], [0.8, 0.2]], [1, 1], 0.5),
+        ([[0.1, 0.9], [0.8, 0.2]], [[1.0], [0.0]], 1.0),
+        ([[0.1, 0.9], [0.8, 0.2]], [[0, 1], [0, 1]], 0.5),
+        ([[0.3], [0.6]], [0, 1], 1.0),
+        ([[-0.3], [0.2]], [[0], [0]], 0.5),
+        ([[[0.1, 0.9], [0.8, 0.2]]], [[1, 0]], 1.0),
+    ],
+)
+def test_accuracies(outputs, labels, accuracy):
+    from keras_renorm.cli.compare import _accuracy
+
+    assert _accuracy([np.asarray(outputs)], np.asarray(labels), pathlib.Path("xy.npz")) == accuracy
+
+
+BAD_MODELS = {
+    "text": (b"hello", "is not a Keras model"),
+    "empty": (b"", "is not a Keras model"),
+    "cut": (lambda whole: whole[: len(whole) // 2], "begins like a Keras model, but is cut off"),
+    "damaged": (lambda whole: whole[:9000] + bytes(64) + whole[9064:], "'model.weights.h5' is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_files_that_are_no_models(name, run, folder, tmp_path):
+    content, message = BAD_MODELS[name]
+    whole = (folder / "model.keras").read_bytes()
+    (tmp_path / "bad.keras").write_bytes(content(whole) if callable(content) else content)
+    for command in ("report @bad.keras", "prune @bad.keras --sparsity 0.5 -o @out.keras", "compare model.keras @bad.keras"):
+        status, out, err = run(command)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith("keras-renorm: error: ")
+        assert message in err
+    assert os.listdir(tmp_path) == ["bad.keras"]
+
+
+def test_other_files_that_are_no_models(run, tmp_path):
+    with zipfile.ZipFile(tmp_path / "zip.keras", "w") as archive:
+        archive.writestr("a.txt", "nothing")
+    assert "no whole Keras model" in run("report @zip.keras")[2]
+    (tmp_path / "text.tflite").write_text("no model at all")
+    assert "must be a `.tflite` model" in run("report @text.tflite")[2]
+    assert "must be a `.tflite` model" in run("compare model.keras @text.tflite")[2]
+    assert "No such file" in run("report @missing.keras")[2]
+    (tmp_path / "folder.keras").mkdir()
+    assert "is a folder" in run("report @folder.keras")[2]
+
+
+def test_objects_of_the_users_own(run, tmp_path, monkeypatch):
+    model = keras.Sequential([keras.Input((4,)), OwnLayer(3), L.Dense(2, activation=own_activation)])
+    model.save(tmp_path / "own.keras")
+    assert run("report @own.keras")[0] == 0
+    for name in ("tests>OwnLayer", "tests>own_activation"):
+        monkeypatch.delitem(keras.saving.get_custom_objects(), name, raising=False)
+        monkeypatch.setattr("keras.src.saving.object_registration.GLOBAL_CUSTOM_OBJECTS", _without(name))
+    status, _, err = run("report @own.keras")
+    assert status == 1
+    assert "tests>OwnLayer, tests>own_activation. Pass `--import MODULE`" in err
+    source = (
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('tests')\nclass OwnLayer(keras.layers.Dense): pass\n"
+        "@keras.saving.register_keras_serializable('tests')\ndef own_activation(x): return x\n"
+    )
+    (tmp_path / "module_of_mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert cli.main(["report", "own.keras", "--import", "module_of_mine"]) == 0
+    assert run("report own.keras --import no_such_module")[2].count("--import no_such_module: ModuleNotFoundError") == 1
+
+
+def _without(name):
+    from keras.src.saving import object_registration
+
+    return {key: value for key, value in object_registration.GLOBAL_CUSTOM_OBJECTS.items() if key != name}
+
+
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
+def test_code_in_a_file_is_not_run(run, tmp_path):
+    keras.Sequential([keras.Input((4,)), L.Lambda(lambda x: 2 * x), L.Dense(2)]).save(tmp_path / "code.keras")
+    status, _, err = run("report @code.keras")
+    assert status == 1
+    assert "holds Python code" in err
+
+
+BAD_SAMPLES = {
+    "wrong shape": (dict(x=np.zeros((9, 15))), "takes (None, 16). Received: an array of shape (9, 15)"),
+    "objects": (dict(x=np.array([{"a": 1}], dtype=object)), "no file of plain arrays"),
+    "no x": (dict(a=np.zeros((9, 16)), b=np.zeros(3)), "must hold `x`. It holds ['a', 'b']"),
+    "none": (dict(x=np.zeros((0, 16))), "gave no samples"),
+    "nan": (dict(x=np.full((9, 16), np.nan)), "holds NaN or infinity"),
+    "strings": (dict(x=np.full((9, 16), "a")), "must hold numbers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_samples_that_cannot_be_used(name, run, tmp_path):
+    arrays, message = BAD_SAMPLES[name]
+    np.savez(tmp_path / "bad.npz", **arrays)
+    status, out, err = run("prune model.keras --sparsity 0.5 --calibration @bad.npz -o @out.keras")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+    assert os.listdir(tmp_path) == ["bad.npz"]
+
+
+def test_labels_and_files_that_cannot_be_used(run, folder, tmp_path):
+    x = np.zeros((9, 16), "float32")
+    for labels, message in ((np.zeros(8, int), "9 samples, 8 labels"), (np.zeros((9, 3)), "must be classes")):
+        np.savez(tmp_path / "bad.npz", x=x, y=labels)
+        assert message in run("compare model.keras pruned.keras --data @bad.npz --runs 1")[2]
+    (tmp_path / "cut.npz").write_bytes((folder / "x.npz").read_bytes()[:500])
+    assert "cannot be read as NumPy's arrays" in run("compare model.keras pruned.keras --data @cut.npz")[2]
+    np.save(tmp_path / "x.npy", x)
+    assert run("compare model.keras pruned.keras --data @x.npy --runs 1")[0] == 0
+
+
+def test_nothing_is_written_over_without_force(run, tmp_path):
+    (tmp_path / "out.keras").write_text("precious")
+    status, _, err = run("prune model.keras --sparsity 0.5 -o @out.keras")
+    assert (status, (tmp_path / "out.keras").read_text()) == (1, "precious")
+    assert "is there already. Pass --force" in err
+    assert run("prune model.keras --sparsity 0.5 --force -o @out.keras")[0] == 0
+    assert kr.summary(keras.models.load_model(tmp_path / "out.keras")).sparsity == 0.5
+
+
+def test_folders_that_cannot_be_written(run, tmp_path, monkeypatch):
+    assert "its folder does not exist" in run("prune model.keras --sparsity 0.5 -o @nowhere/out.keras")[2]
+    if pathlib.Path("/proc/self").exists():
+        # Where even root cannot write.
+        status, _, err = run("prune model.keras --sparsity 0.5 -o /proc/out.keras")
+        assert (status, err) == (1, "keras-renorm: error: '/proc/out.keras' cannot be written: No such file or directory.\n")
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    for command in ("prune model.keras --sparsity 0.5 -o @out.keras", "export model.keras -o @out.tflite"):
+        status, _, err = run(command)
+        assert status == 1
+        assert "its folder is closed to you" in err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device"), MemoryError()])
+def test_what_ends_in_the_middle_leaves_nothing(error, run, tmp_path, monkeypatch):
+    def save(self, path):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(keras.Model, "save", save)
+    (tmp_path / "old.keras").write_text("old")
+    status, out, err = run("prune model.keras --sparsity 0.5 --force -o @old.keras")
+    assert (status, out, err.count("\n")) == (130 if isinstance(error, KeyboardInterrupt) else 1, "", 1)
+    assert os.listdir(tmp_path) == ["old.keras"]
+    assert (tmp_path / "old.keras").read_text() == "old"
+
+
+def test_debug_shows_where_it_went_wrong(run):
+    status, _, err = run("prune model.keras --sparsity 0.5 --layer nothing -o @out.keras --debug")
+    assert status == 1
+    assert "Traceback (most recent call last)" in err
+    assert "Traceback" not in run("prune model.keras --sparsity 0.5 --layer nothing -o @out.keras")[2]
+
+
+def test_warnings_take_one_line(run, tmp_path):
+    keras.Sequential([keras.Input((4,)), L.Dense(2), L.Dropout(0.1, name="drop")]).save(tmp_path / "m.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        status, _, err = run("prune @m.keras --sparsity 0.5 --layer * -o @out.keras")
+    assert status == 0
+    assert err == "keras-renorm: warning: Left as they are: layer 'drop' has no kernel.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("shrink model.keras", "invalid choice: 'shrink'"),
+        ("prune model.keras -o out.keras", "required: --sparsity"),
+        ("prune model.keras --sparsity 0.9", "required: -o"),
+        ("prune model.keras --sparsity 90 -o out.keras", "must be a number in [0, 1)"),
+        ("prune model.keras --sparsity fc=much -o out.keras", "must be a number in [0, 1)"),
+        ("prune model.keras --sparsity 0.9 --sparsity fc=0.5 -o out.keras", "one value for all layers, or LAYER=value"),
+        ("prune model.keras --sparsity fc=0.9 --sparsity 0.5 -o out.keras", "one value for all layers, or LAYER=value"),
+        ("prune model.keras --sparsity 0.9 -o out.tflite", "must end in .keras"),
+        ("prune model.h5 --sparsity 0.9 -o out.keras", "must end in .keras"),
+        ("prune model.keras --sparsity 0.9 --pattern block:4 -o out.keras", "must be like block:4,1"),
+        ("prune model.keras --sparsity 0.9 --pattern unit:4,1 -o out.keras", "must be like block:4,1"),
+        ("prune model.keras --sparsity 0.9 --pattern blok -o out.keras", "must be one of block,"),
+        ("prune model.keras --sparsity 0.9 --criterion magnitud -o out.keras", "must be one of activation,"),
+        ("prune model.keras --sparsity 0.9 --renormalize l3 -o out.keras", "must be one of auto,"),
+        ("prune model.keras --sparsity 0.9 --batch-size 0 -o out.keras", "must be an integer of at least 1"),
+        ("export model.keras -o out.tflite --quantize int4", "invalid choice: 'int4'"),
+        ("compare model.keras", "required: B"),
+        ("compare a.keras b.keras --runs many", "must be an integer of at least 1"),
+        ("report model.txt", "must end in .keras or .tflite"),
+    ],
+)
+def test_wrong_use(command, message, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(command.split())
+    assert status.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_those_of_the_library():
+    assert set(cli.CRITERIA) == {*criteria.KNOWN, "auto"}
+    assert set(cli.PATTERNS) == set(patterns.KNOWN)
+    assert set(cli.ALLOCATIONS) == set(allocation.KNOWN)
+    assert set(cli.RENORMALIZERS) == {*renorm.KNOWN, "auto", "none"}
+    assert (cli.GROUPS, cli.TARGETS, (None, *cli.QUANTIZE)) == (masks.GROUPS, targets.TARGETS, tflite.QUANTIZE)
+
+
+def test_help_teaches(capsys):
+    for command in ((), ("prune",), ("report",), ("export",), ("compare",)):
+        with pytest.raises(SystemExit) as status:
+            cli.main([*command, "--help"])
+        assert status.value.code == 0
+        assert "examples:\n  keras-renorm " in capsys.readouterr().out
+
+
+def test_examples_of_the_help_are_right():
+    """Every line of the help that shows a command is one."""
+    parser = cli.make_parser()
+    shown = "\n".join((cli.EXAMPLES, cli.PRUNE, cli.REPORT, cli.EXPORT, cli.COMPARE))
+    lines = [
+        line.split("   ")[0].split("|")[0] for line in map(str.strip, shown.splitlines()) if line.startswith("keras-renorm ")
+    ]
+    assert len(lines) > 15
+    for line in lines:
+        parser.parse_args(line.replace("'", "").split()[1:])
+
+
+def test_help_and_version_come_without_keras():
+    code = "import sys, keras_renorm_cli as c; c.main([sys.argv[1]])"
+    for option in ("--help", "--version"):
+        program = f"import sys\ntry:\n  {code.replace('; ', chr(10) + '  ')}\nfinally:\n  assert 'keras' not in sys.modules"
+        command = [sys.executable, "-c", program, option]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(cli.__file__).parent, check=True)
+        assert done.stdout.startswith("usage: keras-renorm" if option == "--help" else "keras-renorm 0.")
+
+
+def test_a_process_says_nothing_but_the_answer(folder):
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(cli.__file__).parent)}
+    command = [sys.executable, "-m", "keras_renorm_cli", "report", "pruned.keras"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=True)
+    assert done.stdout.startswith("pruned.keras: ")
+    assert done.stderr == ""
+
+
+def test_the_package_is_the_command(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["keras_renorm", "report", "pruned.keras"])
+    with pytest.raises(SystemExit) as status:
+        runpy.run_module("keras_renorm", run_name="__main__")
+    assert status.value.code == 0
+    assert capsys.readouterr().out.startswith("pruned.keras: ")
+
+
+def test_a_reader_that_has_seen_enough(folder, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["report", "pruned.keras"]) == 1
