@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-STYLES = ("k-", "C0--", "C0-", "C1-", "C2-", "C3-", "C4-")
+import keras_renorm as kr
 
 
 def write(path: pathlib.Path, content: str) -> None:
@@ -51,17 +51,11 @@ def picture(rows: list[dict], sparsities, path: pathlib.Path) -> None:
 
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     figure, axes = plt.subplots(1, len(settings), figsize=(5 * len(settings), 4.2), squeeze=False, layout="constrained")
-    places = range(len(sparsities))
     for ax, setting in zip(axes[0], settings):
         here = [row for row in rows if row["setting"] == setting]
-        ax.axhline(np.mean([row["dense"] for row in here]), color="0.6", linestyle=":", label="dense")
-        for way, style in zip(dict.fromkeys(row["way"] for row in here), STYLES):
-            values = np.array([row["accuracies"] for row in here if row["way"] == way])
-            (line,) = ax.plot(places, values.mean(axis=0), style, marker="o", markersize=3, label=way)
-            ax.fill_between(places, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, linewidth=0)
-        ax.set(title=setting, xlabel="sparsity", ylabel="test accuracy", xticks=list(places))
-        ax.set_xticklabels([f"{sparsity:.1%}" if sparsity > 0.99 else f"{sparsity:.0%}" for sparsity in sparsities])
-        ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
+        ways = dict.fromkeys(row["way"] for row in here)
+        curves = {way: [row["accuracies"] for row in here if row["way"] == way] for way in ways}
+        dense = np.mean([row["dense"] for row in here])
+        kr.plots.accuracy(sparsities, curves, dense, ylabel="test accuracy", ax=ax).set_title(setting)
     figure.savefig(path, dpi=100)
     plt.close(figure)

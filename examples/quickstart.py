@@ -138,15 +138,12 @@ def picture(curves, prunable, path):
     figure = plt.figure(figsize=(12, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     for ax, name in zip(top.subplots(1, 2, sharey=True), dict.fromkeys(name for name, _ in curves)):
-        for way, style in zip(WAYS, ("o-", "s-", "o:", "s:")):
-            ax.plot(SPARSITIES, curves[name, way], style, color="C0" if "unit" not in way else "C1", label=way)
-        ax.set(title=f"{name} network, one shot", xlabel="sparsity", ylabel="test accuracy")
-        ax.legend(loc="lower left")
+        kr.plots.accuracy(SPARSITIES, {way: curves[name, way] for way in WAYS}, ylabel="test accuracy", ax=ax)
+        ax.set_title(f"{name} network, one shot")
     bottom.suptitle(f"masks after training to {FINAL_SPARSITY:.0%} (black = kept; a row is an input, a column a unit)")
     layers = prunable.layers[1:]
     for ax, layer in zip(bottom.subplots(1, len(layers), width_ratios=[3, 2, 1]), layers):
-        ax.imshow(layer.mask, cmap="binary", aspect="auto", interpolation="nearest")
-        ax.set(title=f"{layer.name}: {layer.sparsity:.1%} zeros", xlabel="unit", ylabel="input")
+        kr.plots.mask(layer, ax=ax)
     figure.savefig(path, dpi=100)
 
 

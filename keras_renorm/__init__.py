@@ -1,6 +1,6 @@
 """Prune Keras models and give them their accuracy back."""
 
-from keras_renorm import callbacks, criteria, export, layers, methods, optimizers, patterns, renorm, schedules
+from keras_renorm import callbacks, criteria, export, layers, methods, optimizers, patterns, plots, renorm, schedules
 from keras_renorm.compaction import compact
 from keras_renorm.conversion import strip, to_prunable
 from keras_renorm.export import export_tflite
@@ -21,6 +21,7 @@ __all__ = [
     "methods",
     "optimizers",
     "patterns",
+    "plots",
     "prune",
     "renorm",
     "schedules",

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import validation
+from keras_renorm import plots, validation
 from keras_renorm.layers.masked import masked_layers, sparsity_of
 from keras_renorm.optimizers import IrrelevanceDecay
 
@@ -67,14 +67,16 @@ class Outcome:
         """Fraction of zeros over the prunable weights of `model`."""
         return max(row.sparsity for row in self.history if row.held)
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the rounds: `keras_renorm.plots.history`.
 
-def new_axes(ax: Any) -> Any:
-    """The matplotlib axes that were passed in, or new ones."""
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
+        Args:
+            ax: matplotlib axes; new ones if `None`.
 
-    return plt.figure(layout="constrained").add_subplot()
+        Returns:
+            The axes.
+        """
+        return plots.history(self, ax)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,25 +47,6 @@ class IterativePruning(rounds.Outcome):
 
     __repr__ = __str__
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draw the metric of every round over the share of weights left, and the floor.
-
-        Args:
-            ax: matplotlib axes; new ones if `None`.
-
-        Returns:
-            The axes.
-        """
-        ax = rounds.new_axes(ax)
-        held, failed = ([row for row in self.history if row.held is held] for held in (True, False))
-        ax.plot([1 - row.sparsity for row in held], [row.metric for row in held], "ko-", label="held")
-        ax.plot([1 - row.sparsity for row in failed], [row.metric for row in failed], "kx", label="rolled back")
-        ax.axhline(self.floor, color="0.5", linestyle="--", label="floor")
-        ax.set(xscale="log", xlabel="weights left", ylabel=self.metric)
-        ax.invert_xaxis()
-        ax.legend()
-        return ax
-
 
 def prune_iteratively(
     model: keras.Model,

@@ -68,26 +68,6 @@ class NeuralRelief(loop.Outcome):
 
     __repr__ = __str__
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draw the metric of every round, before and after retraining, over the compression.
-
-        Args:
-            ax: matplotlib axes; new ones if `None`.
-
-        Returns:
-            The axes.
-        """
-        ax = loop.new_axes(ax)
-        dense = self.history[0].details["parameters"]
-        compression = [dense / row.details["parameters"] for row in self.history]
-        ax.plot(compression, [row.details["before"] for row in self.history], "o--", color="0.6", label="before retraining")
-        ax.plot(compression, [row.metric for row in self.history], "ks-", label="after retraining")
-        if self.floor is not None:
-            ax.axhline(self.floor, color="0.5", linestyle=":", label="floor")
-        ax.set(xscale="log", xlabel="parameters, dense / left", ylabel=self.metric)
-        ax.legend()
-        return ax
-
 
 def neural_relief(
     model: keras.Model,

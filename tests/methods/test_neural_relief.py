@@ -248,8 +248,8 @@ def test_table_and_plot():
     assert str(found).endswith("floor of quality: 0.5")
     assert len(str(found).splitlines()) == 2 + 3 + 1
     ax = found.plot()
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), [1.0, 1.0, 1.0])
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), [1.0, 0.9, 0.8])
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [1.0, 0.9, 0.8])
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), [1.0, 1.0, 1.0])
     assert found.plot(ax=ax) is ax
 
 
