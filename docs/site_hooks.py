@@ -19,6 +19,11 @@ OPTIONAL = [
 ]
 
 
+# Pages whose programs stand side by side, which takes the room of the table of contents.
+WIDE = {"tfmot.md"}
+TITLES: dict[str, str] = {}
+
+
 def on_config(config):
     for section, title, file, after in OPTIONAL:
         if not pathlib.Path(config.docs_dir, file).exists():
@@ -27,6 +32,7 @@ def on_config(config):
         if not any(file in entry.values() for entry in entries):
             place = [next(iter(entry.values())) for entry in entries].index(after)
             entries.insert(place + 1, {title: file})
+    TITLES.update(_titles(config.nav))
     return config
 
 
@@ -38,13 +44,26 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     if page.file.src_uri in PAGES.values():
         return markdown
     return _links_into_site(markdown, posixpath.join("docs", posixpath.dirname(page.file.src_uri)), page.file.src_uri)
 
 
+def _titles(nav: list) -> dict[str, str]:
+    found = {}
+    for entry in nav:
+        for title, target in entry.items():
+            found |= _titles(target) if isinstance(target, list) else {target: title}
+    return found
+
+
 def _links_into_site(markdown: str, folder: str, page: str = "page.md") -> str:
-    """Relative links, as a code host follows them from a file in `folder`, to links of the site; links to code become names."""
+    """Relative links, as a code host follows them from a file in `folder`, to links of the site.
+
+    Names of files become titles of pages, links to code become names.
+    """
 
     def replace(match):
         text, target, anchor = match["text"], match["target"], match["anchor"] or ""
@@ -54,6 +73,8 @@ def _links_into_site(markdown: str, folder: str, page: str = "page.md") -> str:
         inside = PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
         if inside is None:
             return text if text.startswith("`") else f"{text} (`{path}`)"
+        if text.strip("`").removeprefix("docs/") == posixpath.basename(path):
+            text = TITLES.get(inside, text)
         return f"[{text}]({posixpath.relpath(inside, posixpath.dirname(page) or '.')}{anchor})"
 
     return re.sub(r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)", replace, markdown)

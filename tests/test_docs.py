@@ -1,13 +1,14 @@
 """The documentation: its programs run, its commands and links lead somewhere.
 
-Every block marked `python` of a page is run, all blocks of a page one after the other in one namespace and an empty folder. What a
-page leaves to the reader (`model`, `images`, ...) stands in for here, as small as it may be.
+Every block marked `python` of a page is run, all blocks of a page one after the other in one namespace and an empty folder.
+What a page leaves to the reader (`model`, `images`, ...) is made here, as small as it may be.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import json
 import os
 import pathlib
 import re
@@ -16,10 +17,14 @@ import sys
 import textwrap
 
 import keras
+import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pytest
 
 import keras_renorm as kr
+
+matplotlib.use("Agg")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,7 +37,7 @@ def name_of(page: pathlib.Path) -> str:
 
 
 def blocks_of(page: pathlib.Path, titles: tuple[str | None, ...]) -> list[str]:
-    """The programs of a page; their lines have the numbers that they have in the page."""
+    """The programs of a page; lines have the numbers that they have there."""
     text = page.read_text(encoding="utf-8")
     return [
         "\n" * text[: match.start("code")].count("\n") + match["code"]
@@ -60,7 +65,7 @@ def clusters(samples=384, features=12, classes=3):
     return (3 * np.eye(features)[y] + 0.1 * generator.standard_normal((samples, features))).astype("float32"), y
 
 
-def with_few_rounds(function, **changes):
+def with_changes(function, **changes):
     @functools.wraps(function)
     def call(*args, **kwargs):
         return function(*args, **kwargs | changes)
@@ -71,13 +76,23 @@ def with_few_rounds(function, **changes):
 def stand_ins(page: str, monkeypatch: pytest.MonkeyPatch) -> dict:
     """What the programs of a page take from the reader."""
     x, y = clusters()
-    trained = dict(model=dense_network(), x=x, y=y, x_val=x, y_val=y, images=x, loss="sparse_categorical_crossentropy")
+    loss = "sparse_categorical_crossentropy"
+    model = dense_network()
+    batches = [(x[:32], y[:32])] * 3
+    trained = dict(
+        model=model, x=x, y=y, x_val=x, y_val=y, images=x, loss=loss, batches=batches, train_step=lambda *batch: None
+    )
     if page == "docs/iterative.md":
-        few = with_few_rounds(kr.methods.prune_iteratively, max_rounds=2, floor=0.5)
+        few = with_changes(kr.methods.prune_iteratively, max_rounds=1, floor=0.5)
         monkeypatch.setattr(kr.methods, "prune_iteratively", few)
     elif page == "docs/neural_relief.md":
-        few = with_few_rounds(kr.methods.neural_relief, rounds=1, tolerance=0.5)
+        few = with_changes(kr.methods.neural_relief, rounds=1, tolerance=0.5)
         monkeypatch.setattr(kr.methods, "neural_relief", few)
+    elif page == "docs/what_it_does.md":
+        schedule = kr.schedules.ConstantSparsity(0.5, begin_step=0)
+        trained |= dict(model=kr.to_prunable(dense_network()), schedule=schedule)
+    elif page == "docs/README.md":
+        monkeypatch.setattr(keras.Sequential, "fit", with_changes(keras.Sequential.fit, epochs=2))
     elif page == "docs/edge.md":
         model = convolutional_network()
         kr.export_tflite(model, "dense.tflite")
@@ -95,6 +110,7 @@ LEFT_TO_THE_READER = {
     "docs/compaction.md",
     "docs/iterative.md",
     "docs/neural_relief.md",
+    "docs/what_it_does.md",
 }
 WITH_PROGRAMS = [page for page in PAGES if blocks_of(page, (None, "both", "keras_renorm"))]
 
@@ -136,15 +152,16 @@ def test_every_public_name_of_tfmot_has_its_place():
 
 
 def options_of(script: pathlib.Path) -> set[str]:
-    """The options that a script takes, its own and those of what it imports from its folder."""
+    """The options that a script takes, its own and those of the examples and benchmarks that it imports."""
     options = {"--help"}
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             options |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             for name in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
-                beside = script.parent / f"{name}.py"
-                options |= options_of(beside) if beside.exists() else set()
+                for folder in ("examples", "benchmarks"):
+                    beside = ROOT / folder / f"{name}.py"
+                    options |= options_of(beside) if beside.exists() else set()
     return options
 
 
@@ -167,3 +184,31 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", goal.read_text(encoding="utf-8"), re.MULTILINE)
             names = {re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-") for heading in headings}
             assert anchor[1:] in names, f"{target}{anchor} in {page.name}"
+
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def cells_of(notebook: pathlib.Path) -> list[dict]:
+    return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_notebooks_are_whole(notebook):
+    """Run from top to bottom, without an error, and installing only where there is something to install."""
+    cells = cells_of(notebook)
+    assert "%pip install" in "".join(cells[0]["source"])
+    assert "find_spec" in "".join(cells[0]["source"])
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_notebooks_run(notebook, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matplotlib.pyplot, "show", matplotlib.pyplot.close)
+    namespace = {"__name__": "__notebook__"}
+    for number, cell in enumerate(cells_of(notebook), 1):
+        code = re.sub(r"^( *)%pip .*$", r"\1pass", "".join(cell["source"]), flags=re.MULTILINE)
+        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), namespace)
