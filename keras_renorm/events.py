@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_renorm import masks, patterns, validation
+from keras_renorm.arrays import masked
 from keras_renorm.criteria.base import score
 
 
@@ -48,10 +49,11 @@ def prune_kernel(
     Raises:
         ValueError: if a kept weight is NaN or infinite.
     """
-    kernel, current = current_kernel(kernel, mask, scale, description)
-    scaled = kernel if np.all(np.equal(scale, 1)) else kernel * scale
     pruned_before = mask is not None and not mask.all()
-    scores = score(criterion, scaled if regrow else current)
+    if pruned_before and not regrow and masks.removes_enough(mask, sparsity, pattern, group, input_axes):
+        return mask, scale
+    kernel, current = current_kernel(kernel, mask, scale, description)
+    scores = score(criterion, kernel * scale if regrow else current)
     new_mask = masks.compute_mask(
         scores, sparsity, pattern, group, input_axes, mask=mask if pruned_before and not regrow else None, read=read
     )
@@ -69,10 +71,11 @@ def current_kernel(
     if kernel.dtype not in (np.float32, np.float64):
         # Norms of half-precision kernels overflow, underflow and stall.
         kernel = kernel.astype(np.float32)
-    current = kernel if np.all(np.equal(scale, 1)) else kernel * scale
-    if mask is not None and not mask.all():
-        current = np.where(mask, current, 0)
+    current = kernel if mask is None or mask.all() else masked(kernel, mask)
     validation.check_finite(current, description)
+    if not np.all(np.equal(scale, 1)):
+        # New arrays cost more than the arithmetic.
+        current = np.multiply(current, scale, out=None if current is kernel else current)
     return kernel, current
 
 
@@ -87,7 +90,7 @@ def new_scale(
     """The scales that go with a new mask, for a kernel as `current_kernel` gives it."""
     if renormalize is None:
         return scale
-    return _check_scale(renormalize(current, np.where(new_mask, kernel, 0), input_axes), renormalize, kernel, input_axes)
+    return _check_scale(renormalize(current, masked(kernel, new_mask), input_axes), renormalize, kernel, input_axes)
 
 
 def _check_scale(scale: Any, renormalize: Callable, kernel: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
+from keras_renorm.arrays import as_array
 from keras_renorm.events import current_kernel, new_scale
 from keras_renorm.graph import walk_back
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
@@ -34,7 +35,7 @@ def update_masks(
             updates[id(layer)] = layer.compute_masks(sparsities[id(layer)], read, scores)
             return updates[id(layer)][0][0]
         if isinstance(layer, MaskedLayer):
-            return keras.ops.convert_to_numpy(layer.masked_kernels[0].mask)
+            return as_array(layer.masked_kernels[0].mask)
         return None
 
     walk_back(model, visit)
@@ -60,7 +61,7 @@ def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
     updates: dict[int, list] = {}
     for layer in masked_layers(model):
         for masked in layer.masked_kernels:
-            kernel, mask, scale = (keras.ops.convert_to_numpy(v) for v in (masked.variable, masked.mask, masked.scale))
+            kernel, mask, scale = (as_array(v) for v in (masked.variable, masked.mask, masked.scale))
             new_mask = mask & masks.get(id(masked.variable), mask)
             if not np.array_equal(new_mask, mask):
                 kernel, current = current_kernel(kernel, mask, scale, f"Kernel '{masked.variable.path}'")
@@ -79,7 +80,7 @@ def remove_unread_units(model: keras.Model) -> None:
         if not isinstance(layer, MaskedLayer):
             return None
         (masked,) = layer.masked_kernels
-        masks[id(masked.variable)] = keras.ops.convert_to_numpy(masked.mask) & read
+        masks[id(masked.variable)] = as_array(masked.mask) & read
         return masks[id(masked.variable)]
 
     walk_back(model, visit)

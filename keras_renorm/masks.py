@@ -64,24 +64,35 @@ def compute_mask(
     cells = pattern.cells(ordered(scores))
     if np.isnan(cells.max()):
         raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
-    idle = None
-    if read is not None and not read.all():
-        idle = ~pattern.any(np.broadcast_to(np.reshape(read, -1), shape))
-        cells = np.where(idle & (cells < np.inf), np.nextafter(cells.min(), cells.dtype.type(-np.inf)), cells)
-    if mask is not None:
-        cells = np.where(pattern.any(ordered(mask)), cells, -np.inf)
+    gone = None if mask is None else ~pattern.any(ordered(mask))
+    idle = None if read is None or read.all() else ~pattern.any(np.reshape(read, (1,) * (len(shape) - 1) + (-1,)))
     if group == "unit":
-        lowest = _lowest_of_columns(cells, round(sparsity * len(cells)))
+        lowest = _lowest_of_columns(cells, round(sparsity * len(cells)), gone)
     else:
         count = round(sparsity * cells.size)
-        lowest = _lowest(cells, count)
-        if (spared := _last_of_units(cells, lowest, idle)) is not None:
+        lowest = _lowest(cells, count, gone, idle)
+        if (spared := _last_of_units(cells, lowest, gone, idle)) is not None:
             cells = cells.copy()
             cells[spared] = np.inf
-            lowest = _lowest(cells, count)
+            lowest = _lowest(cells, count, gone, idle)
     new_mask = pattern.expand(~lowest, shape)
     new_mask = np.ascontiguousarray(new_mask.reshape(moved).transpose(np.argsort(axes)))
     return new_mask if mask is None else new_mask & mask
+
+
+def removes_enough(
+    mask: np.ndarray,
+    sparsity: float,
+    pattern: patterns.Pattern,
+    group: str = "layer",
+    input_axes: tuple[int, ...] | None = None,
+) -> bool:
+    """Whether a mask removes all that `compute_mask` would remove at a sparsity."""
+    axes, shape = _inputs_then_units(mask.shape, input_axes)
+    gone = ~pattern.any(mask.transpose(axes).reshape(shape))
+    if group == "unit":
+        return bool(np.count_nonzero(gone, axis=0).min() >= round(sparsity * len(gone)))
+    return np.count_nonzero(gone) >= round(sparsity * gone.size)
 
 
 def _inputs_then_units(shape, input_axes):
@@ -94,54 +105,89 @@ def _inputs_then_units(shape, input_axes):
     return inputs + units, (*input_shape, number_of_units)
 
 
-def _last_of_units(cells: np.ndarray, lowest: np.ndarray, idle: np.ndarray | None) -> tuple | None:
+def _last_of_units(cells: np.ndarray, lowest: np.ndarray, gone: np.ndarray | None, idle: np.ndarray | None) -> tuple | None:
     """Where the best cell of every column is that has one to keep, if a column would lose all and there are enough."""
-    lost = lowest.all(axis=0)
+    lost = lowest.all(axis=0) if gone is None else lowest.all(axis=0) & ~gone.all(axis=0)
     if not lost.any():
         return None
-    worth = cells.max(axis=0) > cells.min()
-    columns = np.flatnonzero(worth if idle is None else worth & ~idle.all(axis=0))
+    left = cells if gone is None else np.where(gone, -np.inf, cells)
+    worth = left.max(axis=0) > cells.min()
+    columns = np.flatnonzero(worth if idle is None else worth & ~idle[0])
     if not lost[columns].any() or len(columns) > np.count_nonzero(~lowest):
         return None
-    return cells[:, columns].argmax(axis=0), columns
+    return left[:, columns].argmax(axis=0), columns
 
 
-def _lowest(cells: np.ndarray, count: int) -> np.ndarray:
-    """Mark the `count` lowest of all cells, of equal ones the last; cells of `inf` are never marked."""
-    values = cells.reshape(-1)
+def _lowest(cells: np.ndarray, count: int, gone: np.ndarray | None, idle: np.ndarray | None) -> np.ndarray:
+    """Mark `count` cells: first those that are gone, then those of idle columns, then the lowest, of equal ones the last.
+
+    Cells of `inf` are never marked, unless they are gone.
+    """
+    removed = np.zeros(cells.shape, bool) if gone is None else gone
+    count -= np.count_nonzero(removed)
+    if count <= 0:
+        return removed
+    if idle is not None and (waiting := ~removed & idle).any():
+        waiting &= cells < np.inf
+        if np.count_nonzero(waiting) > count:
+            return removed | _lowest_among(cells, count, waiting)
+        removed = removed | waiting
+        count -= np.count_nonzero(waiting)
+        return removed | _lowest_among(cells, count, ~removed)
+    return _lowest_among(cells, count, None) if gone is None else removed | _lowest_among(cells, count, ~removed)
+
+
+def _lowest_among(cells: np.ndarray, count: int, among: np.ndarray | None) -> np.ndarray:
+    """Mark the `count` lowest cells of those in `among` (`None`: of all), of equal ones the last; cells of `inf` never."""
     if count == 0:
         return np.zeros(cells.shape, bool)
-    threshold = _smallest(values, count - 1)
-    lowest = values < threshold
+    values, among = cells.reshape(-1), None if among is None else among.reshape(-1)
+    low, high = _bracket(values, count, among)
+    lowest = values < low
+    between = lowest ^ (values <= high)
+    if among is not None:
+        lowest &= among
+        between &= among
+    below, near = np.count_nonzero(lowest), np.flatnonzero(between)
+    if not below < count <= below + len(near):
+        lowest[:], below = False, 0
+        near = np.arange(values.size) if among is None else np.flatnonzero(among)
+    ends = values[near]
+    threshold = np.partition(ends, count - below - 1)[count - below - 1]
+    lowest[near[ends < threshold]] = True
     if threshold < np.inf:
-        tied = np.flatnonzero(values == threshold)
+        tied = near[ends == threshold]
         lowest[tied[len(tied) - (count - np.count_nonzero(lowest)) :]] = True
     return lowest.reshape(cells.shape)
 
 
-def _smallest(values: np.ndarray, rank: int, sample: int = 50_000) -> float:
-    """The value that has `rank` values below it in order, found as by Floyd and Rivest (SELECT, 1975).
+def _bracket(values: np.ndarray, count: int, among: np.ndarray | None, sample: int = 50_000) -> tuple[float, float]:
+    """Two values that the `count`-th lowest most likely lies between, found as by Floyd and Rivest (SELECT, 1975).
 
-    A sample brackets it, and only what lies in the bracket is partitioned: 5 passes over memory instead of the tens that
-    introselect takes where the processor is slow at it.
+    Only what lies between has to be partitioned: a few passes over memory instead of the tens that introselect takes where the
+    processor is slow at it.
     """
-    if values.size > 10 * sample:
-        drawn = values[:: values.size // sample]
-        share = rank / values.size
-        margin = 4 * np.sqrt(share * (1 - share) / drawn.size) + 2 / drawn.size
-        ends = [int(np.clip((share + side) * drawn.size, 0, drawn.size - 1)) for side in (-margin, margin)]
-        low, high = np.partition(drawn, ends)[ends]
-        below = np.count_nonzero(values < low)
-        bracket = values[(values >= low) & (values <= high)]
-        if below <= rank < below + bracket.size:
-            values, rank = bracket, rank - below
-    return np.partition(values, rank)[rank]
+    if values.size <= 10 * sample:
+        return -np.inf, np.inf
+    places = np.random.default_rng(0).integers(values.size, size=sample)
+    if among is not None:
+        places = places[among[places]]
+    drawn = np.sort(values[places])
+    if len(drawn) < 1000:
+        return -np.inf, np.inf
+    share = count / (values.size if among is None else np.count_nonzero(among))
+    margin = 4 * np.sqrt(share * (1 - share) / len(drawn)) + 2 / len(drawn)
+    ends = [share - margin, share + margin]
+    low, high = drawn[[int(np.clip(end * len(drawn), 0, len(drawn) - 1)) for end in ends]]
+    return low if ends[0] > 0 else -np.inf, high if ends[1] < 1 else np.inf
 
 
-def _lowest_of_columns(cells: np.ndarray, count: int) -> np.ndarray:
-    """Mark the `count` lowest cells of each column, of equal ones the last; cells of `inf` are never marked."""
+def _lowest_of_columns(cells: np.ndarray, count: int, gone: np.ndarray | None) -> np.ndarray:
+    """Mark `count` cells of each column, those that are gone first, else the lowest, of equal ones the last; `inf` never."""
     if count == 0:
         return np.zeros(cells.shape, bool)
+    if gone is not None:
+        cells = np.where(gone, -np.inf, cells)
     threshold = np.partition(cells, count - 1, axis=0)[count - 1]
     lowest, tied = cells < threshold, cells == threshold
     missing = count - np.count_nonzero(lowest, axis=0)

@@ -8,10 +8,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_renorm import allocation as allocations
 from keras_renorm import criteria, masks, patterns, renorm, validation
+from keras_renorm.arrays import as_array
 from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
 from keras_renorm.calibration import Samples
 from keras_renorm.channels import Ties, find_ties
@@ -130,7 +130,7 @@ def prune(
         chosen = _without_outputs(model, chosen, patterns_of)
     for layer in chosen.values():
         for kernel in find_kernels(layer):
-            validation.check_finite(ops.convert_to_numpy(kernel.variable), _name(kernel, layer))
+            validation.check_finite(as_array(kernel.variable), _name(kernel, layer))
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
         pruned, counterparts = rebuild(model, lambda layer: None)
@@ -170,7 +170,7 @@ def _targets(patterns_of: dict[keras.Layer, patterns.Pattern], sparsity: Any, al
     elif sparsity is None:
         sparsities = [None] * len(kernels)
     else:
-        values = [ops.convert_to_numpy(kernel.variable).astype(np.float32) for _, kernel in kernels]
+        values = [as_array(kernel.variable).astype(np.float32, copy=False) for _, kernel in kernels]
         most = [patterns_of[layer].most for layer, _ in kernels]
         sparsities = allocations.allocate(values, sparsity, allocation, most)
     return [Target(layer, kernel, patterns_of[layer], one) for (layer, kernel), one in zip(kernels, sparsities)]
@@ -210,7 +210,7 @@ def _together(targets: list[Target], ties: Ties, rule: Rule) -> list[Target]:
     for members in groups.values():
         units = []
         for target in members:
-            scores = score(criterion, ops.convert_to_numpy(target.kernel.variable)).sum(axis=target.kernel.input_axes)
+            scores = score(criterion, as_array(target.kernel.variable)).sum(axis=target.kernel.input_axes)
             units.append(scores.reshape(-1) / max(scores.mean(), np.finfo(np.float32).tiny))
         if len(members) > 1 and len({len(one) for one in units}) == 1:
             sizes = [target.kernel.size for target in members]
@@ -231,12 +231,12 @@ def _silence(targets: list[Target], ties: Ties) -> None:
     """Let units without weights give zero: their biases go, and what normalization makes of them."""
     for target in (one for one in targets if one.by_units):
         variable = target.kernel.variable
-        alive = (ops.convert_to_numpy(variable) != 0).any(axis=target.kernel.input_axes).reshape(-1)
+        alive = (as_array(variable) != 0).any(axis=target.kernel.input_axes).reshape(-1)
         for layer in target.layer._flatten_layers():
             bias = getattr(layer, "bias", None)
             is_maker = any(variable is getattr(layer, name, None) for name in ("kernel", "pointwise_kernel"))
             if is_maker and bias is not None and tuple(bias.shape) == alive.shape:
-                bias.assign(np.where(alive, ops.convert_to_numpy(bias), 0))
+                bias.assign(np.where(alive, as_array(bias), 0))
         for layer in ties.normalizations.get(id(variable), []):
             silence_normalization(layer, ~alive)
 
@@ -259,7 +259,7 @@ def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> l
 
     def prune_layer(layer, read=None):
         rows.extend(_prune_without_data(target, rule, read) for target in waiting.pop(id(layer), []))
-        return ops.convert_to_numpy(layer.kernel) != 0
+        return as_array(layer.kernel) != 0
 
     walk_back(model, prune_layer)
     rows.extend(_prune_without_data(target, rule) for left in waiting.values() for target in left)
@@ -273,7 +273,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     renormalize = rule.renormalize
     if isinstance(renormalize, CalibratedRenormalizer):
         renormalize = renorm.get("auto", rule.group)
-    values = ops.convert_to_numpy(variable)
+    values = as_array(variable)
     if target.keep is not None:
         kernel, current = current_kernel(values, None, 1.0)
         mask = target.keep

@@ -52,12 +52,22 @@ class _KeepNorm(Renormalizer):
         self.granularity = validation.check_choice(granularity, GRANULARITIES, "granularity")
         self.max_scale = _check_max_scale(max_scale)
 
-    def norm(self, kernel: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-        raise NotImplementedError
+    power: int
+
+    def norm(self, kernel: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:
+        every = list(range(kernel.ndim))
+        units = [axis for axis in every if axis not in input_axes]
+        if self.power == 2:
+            # Without an array of the squares.
+            sums = np.einsum(kernel, every, kernel, every, units)
+        else:
+            sums = np.abs(kernel).sum(axis=tuple(input_axes))
+        if self.granularity == "layer":
+            sums = np.full_like(sums, sums.sum())
+        return np.expand_dims(sums ** (1 / self.power), tuple(input_axes))
 
     def __call__(self, before, after, input_axes):
-        axes = tuple(range(before.ndim)) if self.granularity == "layer" else tuple(input_axes)
-        wanted, left = self.norm(before, axes), self.norm(after, axes)
+        wanted, left = self.norm(before, input_axes), self.norm(after, input_axes)
         scale = np.ones_like(wanted)
         # A unit without survivors (or one that was dead before) has nothing to keep.
         np.divide(wanted, left, out=scale, where=(wanted > 0) & (left > 0))
@@ -87,16 +97,14 @@ class L1(_KeepNorm):
     1.3333333730697632
     """
 
-    def norm(self, kernel, axes):
-        return np.abs(kernel).sum(axis=axes, keepdims=True)
+    power = 1
 
 
 @serialization.register
 class L2(_KeepNorm):
     """Keep the Euclidean norm: `s_j = ||W_j||_2 / ||W_j M_j||_2`. Arguments and source as for `L1`."""
 
-    def norm(self, kernel, axes):
-        return np.sqrt(np.square(kernel).sum(axis=axes, keepdims=True))
+    power = 2
 
 
 class CalibratedRenormalizer(Renormalizer):

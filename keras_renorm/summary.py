@@ -6,9 +6,9 @@ import dataclasses
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_renorm import validation
+from keras_renorm.arrays import as_array
 from keras_renorm.conversion import never_pruned, outermost_layers
 from keras_renorm.layers.kernels import find_kernels, name_within
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
@@ -106,12 +106,12 @@ def summary(model: keras.Model) -> Summary:
 
 
 def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:
-    scale = ops.convert_to_numpy(kernel.scale)
-    kept = int(np.count_nonzero(ops.convert_to_numpy(kernel.mask)))
+    scale = as_array(kernel.scale)
+    kept = int(np.count_nonzero(as_array(kernel.mask)))
     limits = (float(scale.min()), float(scale.max()))
     return Row(layer.name, name_within(kernel.variable, layer), repr(part.pattern), kernel.size, kept, limits)
 
 
 def _plain_row(layer: keras.Layer, kernel) -> Row:
-    kept = int(np.count_nonzero(ops.convert_to_numpy(kernel.variable)))
+    kept = int(np.count_nonzero(as_array(kernel.variable)))
     return Row(layer.name, name_within(kernel.variable, layer), "-", kernel.size, kept, (1.0, 1.0))

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_renorm.arrays import is_finite
+
 
 def refuse_legacy_keras(value: Any, argument: str) -> None:
     """Raise `TypeError` if `value` comes from `tf_keras` (Keras 2)."""
@@ -74,10 +76,7 @@ def check_verbose(value: Any) -> int:
 
 def check_finite(values: np.ndarray, description: str) -> None:
     """Raise `ValueError` if `values` hold NaN or infinity."""
-    # One pass without a temporary array: the sum is finite unless a value is not (or the sum itself overflows).
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = np.sum(values, dtype=np.float64)
-    if not np.isfinite(total) and not np.all(np.isfinite(values)):
+    if not is_finite(values):
         count = int(np.sum(~np.isfinite(values)))
         raise ValueError(
             f"{description} holds {count} values that are NaN or infinite, so its weights cannot be compared. Nothing "

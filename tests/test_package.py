@@ -12,7 +12,8 @@ ROOT = pathlib.Path(kr.__file__).parent
 
 # Rooms, from the ground up: a module imports from rooms above its own line only, or from its own.
 ROOMS = [
-    ["version", "serialization", "validation", "tables", "moments"],
+    ["version", "arrays", "serialization", "tables", "moments"],
+    ["validation"],
     ["patterns", "least_squares", "schedules", "allocation", "report"],
     ["masks", "renorm"],
     ["criteria"],
@@ -25,7 +26,9 @@ ROOMS = [
     ["sites", "masking", "scoring", "channels"],
     ["compaction"],
     ["calibrated"],
-    ["pruning", "summary", "callbacks", "optimizers"],
+    ["optimizers"],
+    ["settling"],
+    ["pruning", "summary", "callbacks"],
     ["plots"],
     ["rounds"],
     ["methods"],

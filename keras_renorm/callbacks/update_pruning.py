@@ -7,6 +7,10 @@ import keras
 from keras_renorm import schedules
 from keras_renorm.layers.masked import NEVER, masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
+from keras_renorm.settling import settle, unsettle
+
+# Batches without an event: settling costs what it saves in as many. Steps that are often pruned are not worth it.
+_SETTLE_AFTER = 10
 
 
 class UpdatePruning(keras.callbacks.Callback):
@@ -66,16 +70,24 @@ class UpdatePruning(keras.callbacks.Callback):
             self._begin()
             if self._trained == NEVER:
                 self._advance(1)
+        # Settle again: at the end of an epoch anything may have happened to the kernels.
+        unsettle(self._model)
+        self._since_event = 0
         self._last_batch = -1
 
     def on_train_batch_end(self, batch, logs=None):
-        self._advance(self._batches_until(batch))
+        self._since_event = 0 if self._advance(self._batches_until(batch)) else self._since_event + 1
+        if self._since_event == _SETTLE_AFTER:
+            settle(self._model)
         self._last_batch = batch
         self._log(logs)
 
     def on_epoch_end(self, epoch, logs=None):
         self._count_steps(write=True)
         self._log(logs)
+
+    def on_train_end(self, logs=None):
+        unsettle(self._model)
 
     def step(self) -> None:
         """Count one trained batch, in a training loop of your own, and prune if an event is due."""
@@ -129,8 +141,8 @@ class UpdatePruning(keras.callbacks.Callback):
         every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         return int(keras.ops.convert_to_numpy(optimizer.iterations)) * every
 
-    def _advance(self, batches: int) -> None:
-        """Count trained batches and run the events that fall due; of several for one layer, the last."""
+    def _advance(self, batches: int) -> bool:
+        """Count trained batches and run the events that fall due, of several for one layer the last. Answers if any did."""
         due: dict[int, float] = {}
         answers = {}
         for step in range(self._trained + 1, self._trained + 1 + batches):
@@ -145,6 +157,7 @@ class UpdatePruning(keras.callbacks.Callback):
         if due:
             self._prune(due)
         self._count_steps(write=bool(due))
+        return bool(due)
 
     def _prune(self, due: dict[int, float]) -> None:
         """One event for the layers whose `id` is given, each with its sparsity."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import keras
+from keras import ops
 
 from keras_renorm import serialization
 from keras_renorm.layers.masked import MaskedLayer, drop_in
@@ -42,7 +43,15 @@ class PrunableDense(PlainSubclass, MaskedLayer, keras.layers.Dense):
 
     def build(self, input_shape):
         super().build(input_shape)
-        self._add_masks(self)
+        self._add_masks(self, settles=True)
 
     def call(self, inputs, training=None):
-        return self._call_masked(self, super().call, inputs, training=training)
+        if len(inputs.shape) > 2:
+            return self._call_masked(self, super().call, inputs, training=training)
+        # One row a sample: kernels are larger than what they give, so the pass over the kernel that scales it is saved.
+        kernel = self._masked_kernel()
+        outputs = ops.matmul(inputs, kernel.masked(training))
+        outputs = ops.multiply(outputs, ops.cast(kernel.scale, outputs.dtype))
+        if self.bias is not None:
+            outputs = ops.add(outputs, self.bias)
+        return outputs if self.activation is None else self.activation(outputs)

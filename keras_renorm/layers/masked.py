@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm import criteria, masks, patterns, renorm, schedules, serialization, validation
+from keras_renorm.arrays import as_array
 from keras_renorm.events import prune_kernel
 from keras_renorm.layers.kernels import Kernel, find_kernels
 
@@ -20,17 +21,43 @@ NEVER = -1
 
 @dataclasses.dataclass(frozen=True)
 class MaskedKernel(Kernel):
-    """A kernel with its mask (bool, shaped like it) and its scale (float, broadcasts against it)."""
+    """A kernel with its mask (bool, shaped like it) and its scale (float, broadcasts against it).
+
+    `settled`, where a layer has it, says that the masked values are zero and stay so in the training steps to come, which
+    then need not look at the mask on the way forward (`keras_renorm.settling`).
+    """
 
     mask: keras.Variable
     scale: keras.Variable
+    settled: keras.Variable | None = None
+
+    def masked(self, training: bool = False) -> Any:
+        """The kernel, zero where the mask is, without a gradient for what is masked."""
+        kernel, mask = _tensor(self.variable), _tensor(self.mask)
+        zero = ops.zeros((), kernel.dtype)
+        # `where`, not a product: a masked value may have become infinite and still must not count.
+        if self.settled is None or not training:
+            return ops.where(mask, kernel, zero)
+        settled = _tensor(self.settled)
+
+        @ops.custom_gradient
+        def mask_kernel(kernel, mask, settled):
+            def backward(*args, upstream=None):
+                return ops.where(mask, args[0] if upstream is None else upstream, zero), None, None
+
+            return ops.cond(settled, lambda: kernel, lambda: ops.where(mask, kernel, zero)), backward
+
+        return mask_kernel(kernel, mask, settled)
 
     def effective(self) -> Any:
-        """What the layer computes with: a tensor, zero where the mask is, without a gradient for what is masked."""
-        kernel = ops.convert_to_tensor(self.variable)
-        scaled = kernel * ops.cast(self.scale, kernel.dtype)
-        # `where`, not a product: a masked value may have become infinite and still must not count.
-        return ops.where(ops.convert_to_tensor(self.mask), scaled, ops.zeros_like(kernel))
+        """What the layer computes with: the masked kernel times the scale."""
+        kernel = self.masked()
+        return kernel * ops.cast(self.scale, kernel.dtype)
+
+    def set_settled(self, settled: bool) -> None:
+        """Note whether the masked values are zero and stay so."""
+        if self.settled is not None:
+            self.settled.assign(settled)
 
 
 class _RecordingScope(keras.StatelessScope):
@@ -83,8 +110,13 @@ class MaskedLayer:
         self.masked_kernels = ()
         self._count = None
 
-    def _add_masks(self, layer: keras.Layer) -> None:
-        """Create a mask and a scale for every kernel of `layer`; to be called at the end of `build`."""
+    def _add_masks(self, layer: keras.Layer, settles: bool = False) -> None:
+        """Create a mask and a scale for every kernel of `layer`; to be called at the end of `build`.
+
+        Args:
+            layer: where the kernels are.
+            settles: whether `call` asks for them by `masked(training)`, so that they can be settled.
+        """
         kernels = find_kernels(layer)
         if not kernels:
             raise ValueError(
@@ -105,7 +137,11 @@ class MaskedLayer:
                 initializer="ones",
                 trainable=False,
             )
-            masked.append(MaskedKernel(kernel.variable, kernel.input_axes, mask, scale))
+            # Not a weight of the layer: it holds for a training that is under way. JAX would take it for a constant.
+            settled = None
+            if settles and keras.backend.backend() != "jax":
+                settled = keras.Variable(False, dtype="bool", trainable=False, name=f"{prefix}settled")
+            masked.append(MaskedKernel(kernel.variable, kernel.input_axes, mask, scale, settled))
             if kernel.variable.regularizer is not None:
                 kernel.variable.regularizer = _OfEffectiveKernel(kernel.variable.regularizer, masked[-1])
         self.pruning_step = self.add_weight(
@@ -144,7 +180,7 @@ class MaskedLayer:
 
     def count_kept(self) -> tuple[int, int]:
         """How many weights of the kernels are kept, out of how many."""
-        kept = sum(int(np.count_nonzero(ops.convert_to_numpy(kernel.mask))) for kernel in self.masked_kernels)
+        kept = sum(int(np.count_nonzero(as_array(kernel.mask))) for kernel in self.masked_kernels)
         return kept, sum(kernel.size for kernel in self.masked_kernels)
 
     def update_masks(self, sparsity: float) -> None:
@@ -177,13 +213,14 @@ class MaskedLayer:
     def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Set mask and scale of every kernel."""
         for kernel, (mask, scale) in zip(self.masked_kernels, masks_and_scales):
+            kernel.set_settled(False)
             kernel.mask.assign(mask)
             kernel.scale.assign(np.reshape(scale, kernel.scale.shape))
 
     def _compute_mask(
         self, masked: MaskedKernel, sparsity: float, read: np.ndarray | None, scores: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        kernel, mask, scale = (ops.convert_to_numpy(variable) for variable in (masked.variable, masked.mask, masked.scale))
+        kernel, mask, scale = (as_array(variable) for variable in (masked.variable, masked.mask, masked.scale))
         return prune_kernel(
             kernel,
             sparsity,
@@ -220,6 +257,8 @@ class MaskedLayer:
         keras.Layer.save_own_variables(self, store)
 
     def load_own_variables(self, store):
+        for kernel in self.masked_kernels:
+            kernel.set_settled(False)
         keras.Layer.load_own_variables(self, store)
 
     def get_config(self):
@@ -283,6 +322,11 @@ def _scale_shape(kernel: Kernel) -> list[int]:
     while len(shape) > 1 and shape[0] == 1:
         shape.pop(0)
     return shape
+
+
+def _tensor(variable: keras.Variable) -> Any:
+    """The value of a variable, in the dtype that layers compute in. (`convert_to_tensor` may give the variable itself.)"""
+    return ops.cast(variable, variable.dtype)
 
 
 class _OfEffectiveKernel(keras.regularizers.Regularizer):

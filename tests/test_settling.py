@@ -1,0 +1,122 @@
+"""Training steps that leave the mask out on the way forward give what those with it give."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_renorm as kr
+from keras_renorm import settling
+from keras_renorm.callbacks import update_pruning
+
+K = keras.optimizers
+SETTLING = {
+    "sgd": lambda: K.SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda: K.Adam(0.01, amsgrad=True),
+    "adamw": lambda: K.AdamW(0.01, weight_decay=0.1),
+    "adamax": lambda: K.Adamax(0.01),
+    "nadam": lambda: K.Nadam(0.01),
+    "rmsprop": lambda: K.RMSprop(0.01, momentum=0.5, centered=True),
+    "adagrad": lambda: K.Adagrad(0.1),
+    "adadelta": lambda: K.Adadelta(1.0),
+    "lion": lambda: K.Lion(0.001),
+    "average": lambda: K.Adam(0.01, use_ema=True, ema_overwrite_frequency=7),
+    "accumulated": lambda: K.Adam(0.01, gradient_accumulation_steps=3),
+    "clipped": lambda: K.SGD(0.1, momentum=0.9, global_clipnorm=0.1),
+    "irrelevance decay": lambda: kr.optimizers.IrrelevanceDecay(K.Adam(0.01)),
+    "scaled loss": lambda: K.LossScaleOptimizer(K.Adam(0.01)),
+}
+NOT_SETTLING = {"ftrl": K.Ftrl, "lamb": K.Lamb, "muon": K.Muon, "adafactor": lambda: K.Adafactor(0.01)}
+needs_settling = pytest.mark.skipif(keras.backend.backend() == "jax", reason="layers never settle on JAX")
+
+
+class Watch(keras.callbacks.Callback):
+    """Whether a kernel was settled after each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.settled = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        kernel = self.model.layers[0].masked_kernels[0]
+        self.settled.append(bool(keras.ops.convert_to_numpy(kernel.settled)))
+
+
+def trained(optimizer, epochs=2, callbacks=(), **pruning):
+    keras.utils.set_random_seed(3)
+    layers = [kr.layers.PrunableDense(8, "tanh", **pruning), kr.layers.PrunableDense(2, **pruning)]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    model.compile(optimizer, "mse")
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((120, 6)).astype("float32")
+    y = np.stack([x[:, 0] * x[:, 1], x[:, 2]], 1)
+    schedule = kr.schedules.ConstantSparsity(0.5, begin_step=4, end_step=4)
+    pruning = kr.callbacks.UpdatePruning(schedule)
+    model.fit(x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=[pruning, *callbacks])
+    return model
+
+
+@needs_settling
+@pytest.mark.parametrize("name", SETTLING)
+def test_settled_steps_give_what_others_give(name, monkeypatch):
+    watch = Watch()
+    settled = trained(SETTLING[name](), callbacks=[watch])
+    assert sum(watch.settled) > 30
+    assert settling._innermost(settled.optimizer).iterations > 0
+    monkeypatch.setattr(update_pruning, "settle", lambda model: None)
+    other = trained(SETTLING[name]())
+    for one, two in zip(settled.layers, other.layers):
+        mask = keras.ops.convert_to_numpy(one.mask)
+        kernel, expected = (keras.ops.convert_to_numpy(layer.kernel) for layer in (one, two))
+        np.testing.assert_array_equal(mask, keras.ops.convert_to_numpy(two.mask))
+        assert not mask.all()
+        assert (kernel[~mask] == 0).all()
+        np.testing.assert_allclose(kernel[mask], expected[mask], rtol=2e-4, atol=1e-5)
+
+
+@needs_settling
+@pytest.mark.parametrize("name", NOT_SETTLING)
+def test_optimizers_that_would_move_zeros_do_not_settle(name):
+    watch = Watch()
+    trained(NOT_SETTLING[name](), callbacks=[watch])
+    assert not any(watch.settled)
+
+
+@needs_settling
+@pytest.mark.parametrize("pruning", [dict(regrow=True), dict(kernel_constraint="non_neg")], ids=str)
+def test_kernels_that_may_change_do_not_settle(pruning):
+    watch = Watch()
+    trained("adam", callbacks=[watch], **pruning)
+    assert not any(watch.settled)
+
+
+@needs_settling
+def test_nothing_is_settled_after_training_and_a_kernel_may_be_set():
+    model = trained("adam")
+    layer = model.layers[0]
+    assert not keras.ops.convert_to_numpy(layer.masked_kernels[0].settled)
+    x = np.ones((3, 6), "float32")
+    before = keras.ops.convert_to_numpy(layer(x, training=True))
+    mask = keras.ops.convert_to_numpy(layer.mask)
+    layer.kernel.assign(np.where(mask, keras.ops.convert_to_numpy(layer.kernel), 100.0))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(layer(x, training=True)), before, rtol=1e-6)
+
+
+@needs_settling
+def test_a_kernel_that_is_set_between_epochs_is_masked():
+    class Fill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                self.model.layers[0].kernel.assign_add(np.full((6, 8), 100.0))
+
+    watch = Watch()
+    model = trained("adam", callbacks=[Fill(), watch])
+    assert not any(watch.settled[30:38])
+    assert watch.settled[-1]
+    layer = model.layers[0]
+    assert (keras.ops.convert_to_numpy(layer.kernel)[~keras.ops.convert_to_numpy(layer.mask)] == 0).all()
+
+
+def test_settling_is_not_a_weight():
+    layer = kr.layers.PrunableDense(2)
+    layer.build((None, 3))
+    assert [weight.name for weight in layer.weights] == ["kernel", "bias", "mask", "scale", "pruning_step"]
