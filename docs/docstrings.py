@@ -8,8 +8,15 @@ import griffe
 
 _NAME = re.compile(r"(?<![`\w])`(?P<name>(?:keras_renorm|kr)(?:\.\w+)+)(?P<call>\([^`]*\))?`")
 
-# The function has the name of its module.
-_PLACES = {"keras_renorm.summary": "keras_renorm.summary.summary"}
+# Functions that have the name of their module.
+_SAME = (
+    "summary",
+    "export.repair",
+    "export.explain",
+    "export.benchmark",
+    "methods.neural_relief",
+)
+_PLACES = {f"keras_renorm.{name}": f"keras_renorm.{name}.{name.split('.')[-1]}" for name in _SAME}
 
 
 class Docstrings(griffe.Extension):

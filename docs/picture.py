@@ -16,11 +16,18 @@ import matplotlib.pyplot as plt
 DOCS = pathlib.Path(__file__).parent
 PANELS = [
     ("MNIST, fully connected", "mnist, all layers but the last"),
-    ("Fashion-MNIST, fully connected", "fashion_mnist, all layers but the last"),
+    (
+        "Fashion-MNIST, fully connected",
+        "fashion_mnist, all layers but the last",
+    ),
     ("CIFAR-10, ResNet-20", "All convolutions of a ResNet-20"),
 ]
 LINES = [  # rows of a table, the first of them that it has; label, style
-    (("lstsq, admm, allocation balanced (default)", "lstsq, admm (default)"), "keras_renorm, unlabelled samples", "C0-o"),
+    (
+        ("lstsq, admm, allocation balanced (default)", "lstsq, admm (default)"),
+        "keras_renorm, unlabelled samples",
+        "C0-o",
+    ),
     (("l2",), "keras_renorm, nothing but the weights", "C0:o"),
     (("plain",), "pruning by magnitude", "C3-s"),
 ]
@@ -49,13 +56,27 @@ def main():
         ax.axhline(dense, color="0.6", linestyle="--", label="dense network")
         for rows, label, style in LINES:
             accuracies = next(values[row] for row in rows if row in values)
-            ax.plot(range(len(sparsities)), accuracies, style[2:], color=style[:2], label=label)
-        ax.set_xticks(range(len(sparsities)), [f"{sparsity:g}%" for sparsity in sparsities])
+            ax.plot(
+                range(len(sparsities)),
+                accuracies,
+                style[2:],
+                color=style[:2],
+                label=label,
+            )
+        ax.set_xticks(
+            range(len(sparsities)),
+            [f"{sparsity:g}%" for sparsity in sparsities],
+        )
         ax.set(title=name, xlabel="weights removed", ylim=(0, 1))
         ax.grid(color="0.93")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy, one shot, no training")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     figure.savefig(DOCS / "accuracy.svg", metadata={"Date": None})
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import pathlib
 import posixpath
 import re
+import unittest.mock
 
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Files outside of docs/ that become pages of the site; links to them, and from them, are followed.
-PAGES = {"examples/README.md": "examples.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "examples/README.md": "examples.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 # Pages that are shown where they exist: (section, title, file, the file that it comes after).
 OPTIONAL = [
     ("Guides", "Distributed and mixed precision", "distributed.md", "edge.md"),
@@ -39,16 +46,39 @@ def on_config(config):
 def on_files(files, config):
     for path, page in PAGES.items():
         text = (ROOT / path).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=_links_into_site(text, posixpath.dirname(path))))
+        files.append(
+            File.generated(
+                config,
+                page,
+                content=_links_into_site(text, posixpath.dirname(path)),
+            )
+        )
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
+    markdown = re.sub(r"<!-- keras-renorm ?(?P<command>\w*) --help -->", _help, markdown)
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     if page.file.src_uri in PAGES.values():
         return markdown
-    return _links_into_site(markdown, posixpath.join("docs", posixpath.dirname(page.file.src_uri)), page.file.src_uri)
+    return _links_into_site(
+        markdown,
+        posixpath.join("docs", posixpath.dirname(page.file.src_uri)),
+        page.file.src_uri,
+    )
+
+
+def _help(match: re.Match) -> str:
+    """What a command of the command line says of itself; its parser imports neither Keras nor the package."""
+    specification = importlib.util.spec_from_file_location("keras_renorm_cli", ROOT / "keras_renorm_cli.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    parser = module.make_parser()
+    if match["command"]:
+        parser = next(action.choices for action in parser._actions if action.dest == "command")[match["command"]]
+    with unittest.mock.patch.dict(os.environ, COLUMNS="84"):
+        return f"```text\n{parser.format_help()}```"
 
 
 def _titles(nav: list) -> dict[str, str]:
@@ -66,7 +96,11 @@ def _links_into_site(markdown: str, folder: str, page: str = "page.md") -> str:
     """
 
     def replace(match):
-        text, target, anchor = match["text"], match["target"], match["anchor"] or ""
+        text, target, anchor = (
+            match["text"],
+            match["target"],
+            match["anchor"] or "",
+        )
         if re.match(r"[a-z]+:", target) or not target:
             return match[0]
         path = posixpath.normpath(posixpath.join(folder, target))
@@ -77,4 +111,8 @@ def _links_into_site(markdown: str, folder: str, page: str = "page.md") -> str:
             text = TITLES.get(inside, text)
         return f"[{text}]({posixpath.relpath(inside, posixpath.dirname(page) or '.')}{anchor})"
 
-    return re.sub(r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)", replace, markdown)
+    return re.sub(
+        r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)",
+        replace,
+        markdown,
+    )

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
+import keras_renorm_cli
 
 matplotlib.use("Agg")
 
@@ -172,6 +174,8 @@ def test_commands_exist(page):
         assert (ROOT / script).exists(), script
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - options_of(ROOT / script)
         assert not unknown, f"{script} does not take {sorted(unknown)}"
+    for arguments in re.findall(r"^(?:keras-renorm|python -m keras_renorm) (.*)$", text, re.MULTILINE):
+        keras_renorm_cli.make_parser().parse_args(shlex.split(arguments, comments=True))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
