@@ -357,20 +357,23 @@ def check_output(path: pathlib.Path, force: bool) -> None:
 def _quiet(debug: bool) -> Iterator[None]:
     """Keep standard output for the answer, and standard error free of what TensorFlow logs when it starts.
 
-    TensorFlow and LiteRT write to the file descriptor, past Python. Progress bars and warnings go to standard error.
+    TensorFlow and LiteRT write to the file descriptor, past Python. Warnings go to standard error, and progress bars if it is a
+    terminal.
     """
     with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.showwarning = _show_warning
         if not debug:
+            # What one library tells another.
+            warnings.simplefilter("ignore", FutureWarning)
             if sys.stderr is sys.__stderr__:
                 stack.enter_context(contextlib.redirect_stderr(_standard_error()))
             descriptor = os.dup(2)
             stack.callback(os.close, descriptor)
             stack.callback(os.dup2, descriptor, 2)
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 2)
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.showwarning = _show_warning
+            os.dup2(nowhere.fileno(), 2)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr if debug or sys.stderr.isatty() else nowhere))
         yield
 
 

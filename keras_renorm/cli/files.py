@@ -10,6 +10,7 @@ import pathlib
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,6 +50,13 @@ def load_model(path: pathlib.Path) -> keras.Model:
         what = "begins like a Keras model, but is cut off. Copy or save it again" if begin == b"PK" else "is not a Keras model"
         raise ValueError(f"'{path}' {what}.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise ValueError(f"'{path}' is no whole Keras model: {error}.") from error
+    if damaged:
+        raise ValueError(f"'{path}' is damaged in its part '{damaged}'. Copy or save it again.")
+    try:
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         raise ValueError(f"'{path}' cannot be loaded. {_reason(path, error)}") from error
@@ -58,10 +66,8 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
     """Why a file cannot be loaded, and what to do."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                return f"Its part '{damaged}' is damaged. Copy or save it again."
             config = json.loads(archive.read("config.json"))
-    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, OSError) as damage:
+    except (KeyError, ValueError) as damage:
         return f"It is no whole Keras model: {damage}."
     config.pop("compile_config", None)
     if unknown := list(dict.fromkeys(_unregistered(config))):
@@ -76,7 +82,8 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
             "`keras.models.load_model(path, safe_mode=False)`."
         )
     # Keras writes the whole config before the reason.
-    return str(error).rpartition("Exception encountered: ")[2].strip().splitlines()[0]
+    reason = str(error).rpartition("Exception encountered: ")[2].strip()
+    return reason.splitlines()[0] if reason else type(error).__name__
 
 
 def _unregistered(config: Any) -> Iterator[str]:
@@ -84,8 +91,8 @@ def _unregistered(config: Any) -> Iterator[str]:
     if isinstance(config, dict):
         name = config.get("registered_name")
         if name == "function":
-            name = config["config"]
-            if any(hasattr(getattr(keras, module), name) for module in _KERAS_FUNCTIONS):
+            name = config.get("config")
+            if any(hasattr(getattr(keras, module), str(name)) for module in _KERAS_FUNCTIONS):
                 name = None
         if isinstance(name, str) and keras.saving.get_registered_object(name) is None:
             yield name

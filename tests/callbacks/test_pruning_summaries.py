@@ -75,7 +75,7 @@ def test_what_tensorboard_does_is_left_as_it_is(model, tmp_path):
     callback = kr.callbacks.PruningSummaries(str(tmp_path), histogram_freq=1, update_freq="batch")
     fit(model, [callback], validation_data=(X, Y))
     train, validation = read(tmp_path / "train"), read(tmp_path / "validation")
-    assert "net/fc/scale/histogram" in train
+    assert any("scale" in tag and tag.endswith("/histogram") for tag in train)
     assert sorted(train["batch_loss"]) == list(range(1, 13))
     assert sorted(train["epoch_sparsity/net/fc"]) == [0, 1, 2]
     assert "epoch_loss" in validation
