@@ -53,7 +53,9 @@ def sparsity(model: keras.Model | Summary, ax: Any = None) -> Any:
 
     >>> import keras, keras_renorm as kr
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="fc")])
-    >>> ax = kr.plots.sparsity(kr.prune(model, 0.75))  # doctest: +SKIP
+    >>> ax = kr.plots.sparsity(kr.prune(model, 0.75))
+    >>> ax.get_xlabel()
+    'sparsity'
     """
     table = model if isinstance(model, Summary) else summary(model)
     if not table.rows:
@@ -105,7 +107,9 @@ def mask(layer: keras.Layer, kernel: int = 0, ax: Any = None) -> Any:
 
     >>> import keras, keras_renorm as kr
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="fc")])
-    >>> ax = kr.plots.mask(kr.prune(model, 0.75).get_layer("fc"))  # doctest: +SKIP
+    >>> ax = kr.plots.mask(kr.prune(model, 0.75).get_layer("fc"))
+    >>> ax.get_title()
+    'fc: 75% zeros'
     """
     one = _kernel(layer, kernel)
     ax = _axes(ax)
@@ -135,7 +139,9 @@ def kernels(before: keras.Model, after: keras.Model, layer: str, kernel: int = 0
 
     >>> import keras, keras_renorm as kr
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="fc")])
-    >>> axes = kr.plots.kernels(model, kr.prune(model, 0.75), "fc")  # doctest: +SKIP
+    >>> before, after = kr.plots.kernels(model, kr.prune(model, 0.75), "fc")
+    >>> after.get_title()
+    'fc after: 75% zeros'
     """
     both = []
     for model, argument in ((before, "before"), (after, "after")):
@@ -182,7 +188,8 @@ def scores(model: keras.Model | keras.Layer, criterion: Any = None, ax: Any = No
     >>> import keras, keras_renorm as kr
     >>> model = keras.Sequential([keras.Input((8,)), kr.layers.PrunableDense(4)])
     >>> model.layers[0].update_masks(0.5)
-    >>> ax = kr.plots.scores(model)  # doctest: +SKIP
+    >>> kr.plots.scores(model).get_ylabel()
+    'weights'
     """
     given = None if criterion is None else criteria.get(criterion)
     kept, removed = [], []
@@ -232,7 +239,8 @@ def scales(model: keras.Model | keras.Layer, ax: Any = None) -> Any:
     >>> import keras, keras_renorm as kr
     >>> model = keras.Sequential([keras.Input((8,)), kr.layers.PrunableDense(4)])
     >>> model.layers[0].update_masks(0.5)
-    >>> ax = kr.plots.scales(model)  # doctest: +SKIP
+    >>> kr.plots.scales(model).get_xlabel()
+    'scale'
     """
     rows = [(one.name, one.scale.ravel()) for one in _kernels(model) if one.scale is not None]
     if not rows:
@@ -290,7 +298,8 @@ def accuracy(
 
     >>> import keras_renorm as kr
     >>> curves = {"plain": [[0.9, 0.7], [0.8, 0.6]], "renormalized": [[0.95, 0.9], [0.94, 0.91]]}
-    >>> ax = kr.plots.accuracy([0.8, 0.9], curves, dense=0.96)  # doctest: +SKIP
+    >>> ax = kr.plots.accuracy([0.8, 0.9], curves, dense=0.96)
+    >>> ax.figure.savefig("accuracy.png")  # doctest: +SKIP
     """
     checked = {}
     for name, values in curves.items():
@@ -331,9 +340,13 @@ def history(found: Any, ax: Any = None) -> Any:
 
     Example:
 
-    >>> import keras_renorm as kr
-    >>> found = kr.methods.prune_iteratively(model, fit, floor=0.98)  # doctest: +SKIP
-    >>> ax = kr.plots.history(found)  # doctest: +SKIP
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> fit = dict(x=np.ones((32, 8)), y=np.zeros((32, 1)))
+    >>> found = kr.methods.prune_iteratively(model, fit, metric="loss", floor=100.0, step=0.5, max_rounds=2, verbose=0)
+    >>> kr.plots.history(found).get_xlabel()
+    'weights left'
     """
     ax = _axes(ax)
     rows = found.history

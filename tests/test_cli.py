@@ -415,7 +415,8 @@ def test_help_and_version_come_without_keras():
 
 
 def test_a_process_says_nothing_but_the_answer(folder):
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(cli.__file__).parent)}
+    paths = [str(pathlib.Path(cli.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "keras_renorm_cli", "report", "pruned.keras"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=True)
     assert done.stdout.startswith("pruned.keras: ")

@@ -130,7 +130,8 @@ def test_while_training_and_in_a_fresh_process(extension, model, folder, tmp_pat
     prunable.fit(np.ones((16, 16)), np.ones((16, 4)), epochs=2, verbose=0, callbacks=[extension.Halve()])
     assert prunable.get_layer("hidden").sparsity == 0.75
     prunable.save(tmp_path / "prunable.keras")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(pathlib.Path(kr.__file__).parents[1])))}
+    paths = [str(folder), str(pathlib.Path(kr.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-W", "ignore", "-c", GO_ON, str(tmp_path / "prunable.keras")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
