@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _quiet(arguments.debug):
             _check_files(arguments)
             text, data = importlib.import_module(f"keras_renorm.cli.{arguments.command}").run(arguments)
-        print(json.dumps(data, indent=1, default=str, allow_nan=False) if arguments.json else text, flush=True)
+        print(json.dumps(_plain(data), indent=1) if arguments.json else text, flush=True)
         return 0
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -309,7 +309,7 @@ def _name(known: Sequence[str]) -> Callable[[str], str]:
     def name(text: str) -> str:
         if text not in known and ">" not in text:
             raise argparse.ArgumentTypeError(
-                f"must be one of {', '.join(known)}, or PACKAGE>NAME with --import, but is {text!r}"
+                f"must be one of {', '.join(known)}, or, in quotes, 'PACKAGE>NAME' with --import, but is {text!r}"
             )
         return text
 
@@ -339,10 +339,10 @@ def _check_files(arguments: argparse.Namespace) -> None:
             with open(value, "rb"):
                 pass
     if "output" in arguments:
-        check_output(arguments.output, arguments.force)
+        _check_output(arguments.output, arguments.force)
 
 
-def check_output(path: pathlib.Path, force: bool) -> None:
+def _check_output(path: pathlib.Path, force: bool) -> None:
     """Raise `OSError` if a file cannot be written, or is there and must not be written over."""
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "cannot be written: its folder does not exist"
@@ -380,7 +380,18 @@ def _quiet(debug: bool) -> Iterator[None]:
 @functools.cache
 def _standard_error() -> Any:
     """Standard error past the descriptor that is silenced; never closed, as loggers keep what they find."""
-    return open(os.dup(2), "w", buffering=1)
+    return open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+
+
+def _plain(data: Any) -> Any:
+    """What JSON can say: `null` for what is not finite."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return str(data) if isinstance(data, pathlib.Path) else data
 
 
 def _show_warning(message: Any, category: type, *_: Any) -> None:

@@ -385,6 +385,11 @@ def test_names_are_those_of_the_library():
     assert (cli.GROUPS, cli.TARGETS, (None, *cli.QUANTIZE)) == (masks.GROUPS, targets.TARGETS, tflite.QUANTIZE)
 
 
+def test_json_knows_no_infinity(tmp_path):
+    told = cli._plain({"a": (1, float("nan"), [float("inf"), tmp_path]), "b": "x", "c": None})
+    assert told == {"a": [1, None, [None, str(tmp_path)]], "b": "x", "c": None}
+
+
 def test_help_teaches(capsys):
     for command in ((), ("prune",), ("report",), ("export",), ("compare",)):
         with pytest.raises(SystemExit) as status:
