@@ -16,6 +16,12 @@ def as_array(value: Any) -> np.ndarray:
     return np.asarray((value.value if isinstance(value, keras.Variable) else value)[...])
 
 
+def for_another(value: Any) -> Any:
+    """The values of a variable or a tensor to assign to a variable of another model, without a copy where that is safe."""
+    # TensorFlow copies when one of the two is written to. On JAX they would share arrays, which training frees.
+    return value if keras.backend.backend() == "tensorflow" else keras.ops.convert_to_numpy(value)
+
+
 def is_finite(array: np.ndarray) -> bool:
     """Whether no value is NaN or infinite."""
     # One pass without a temporary array: the sum is finite unless a value is not, or the sum itself overflows.

@@ -13,6 +13,7 @@ from keras import ops
 from keras.src.models import Functional
 
 from keras_renorm import criteria, validation
+from keras_renorm.arrays import for_another
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
 from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
@@ -278,11 +279,14 @@ def rebuild(
     if not isinstance(model, _REBUILT):
         return _copy_subclassed(model, convert)
     counterparts = {}
+    initializers = []
 
     def clone(operation):
         new = convert(operation) if isinstance(operation, keras.Layer) else None
         new = copy_layer(operation) if new is None else new
         counterparts[id(operation)] = new
+        if isinstance(new, keras.Layer):
+            initializers.extend(_start_from_zeros(new))
         return new
 
     compiled = model.compiled
@@ -292,6 +296,8 @@ def rebuild(
         rebuilt = keras.models.clone_model(model, clone_function=clone, recursive=True)
     finally:
         model.compiled = compiled
+        for part, name, initializer in initializers:
+            setattr(part, name, initializer)
     if type(rebuilt) is not type(model):
         warnings.warn(
             f"Model '{model.name}' is a {type(model).__name__}, the new one a plain {type(rebuilt).__name__}: what the class "
@@ -304,6 +310,22 @@ def rebuild(
         if not isinstance(layer, keras.layers.InputLayer):
             _copy_weights(layer, counterparts[id(layer)])
     return rebuilt, counterparts
+
+
+def _start_from_zeros(layer: keras.Layer) -> list[tuple[keras.Layer, str, keras.initializers.Initializer]]:
+    """Let a layer that is not built yet begin with zeros, as it will get other values; answers what it had instead.
+
+    To draw random values takes longer than to prune.
+    """
+    found = [
+        (part, name, value)
+        for part in layer._flatten_layers()
+        for name, value in vars(part).items()
+        if isinstance(value, keras.initializers.Initializer)
+    ]
+    for part, name, _ in found:
+        setattr(part, name, keras.initializers.Zeros())
+    return found
 
 
 def compile_like(rebuilt: keras.Model, model: keras.Model) -> None:
@@ -387,5 +409,4 @@ def _copy_weights(source: keras.Layer, target: keras.Layer) -> None:
             f"{[tuple(variable.shape) for variable in variables]}. Check its `get_config()` and `build()`."
         )
     for value, variable in zip(values, variables):
-        # By way of NumPy: on JAX the two models would share arrays, which training frees.
-        variable.assign(ops.convert_to_numpy(value))
+        variable.assign(for_another(value))

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_renorm import allocation as allocations
 from keras_renorm import criteria, masks, patterns, renorm, validation
-from keras_renorm.arrays import as_array
+from keras_renorm.arrays import as_array, masked
 from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
 from keras_renorm.calibration import Samples
 from keras_renorm.channels import Ties, find_ties
@@ -24,7 +24,7 @@ from keras_renorm.layers.kernels import Kernel, find_kernels, name_within
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.moments import InputSizes
 from keras_renorm.renorm import CalibratedRenormalizer
-from keras_renorm.report import LayerReport, PruningReport, describe, growth
+from keras_renorm.report import LayerReport, PruningReport, describe
 from keras_renorm.scoring import Seen, see
 from keras_renorm.sites import Target
 from keras_renorm.targets import by_name, choose_patterns
@@ -274,6 +274,8 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     if isinstance(renormalize, CalibratedRenormalizer):
         renormalize = renorm.get("auto", rule.group)
     values = as_array(variable)
+    if values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float32)
     if target.keep is not None:
         kernel, current = current_kernel(values, None, 1.0)
         mask = target.keep
@@ -304,8 +306,10 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
             read=read,
             description=_name(target.kernel, target.layer),
         )
-    kept = np.where(mask, values, 0)
-    variable.assign(kept * scale)
+    kept = masked(values, mask)
+    variable.assign(np.multiply(kept, scale, out=kept))
+    factors = np.broadcast_to(scale, [1 if axis in axes else side for axis, side in enumerate(mask.shape)])
+    factors = factors[mask.any(axis=axes, keepdims=True)] if mask.any() else np.ones(1)
     return LayerReport(
         layer=target.layer.name,
         kernel=name_within(variable, target.layer),
@@ -313,7 +317,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
         kept=int(np.count_nonzero(mask)),
         criterion=describe(criterion),
         renormalize=describe(renormalize),
-        scale=growth(kept, kept * scale, axes),
+        scale=(float(factors.min()), float(factors.max())),
     )
 
 

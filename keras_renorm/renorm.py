@@ -55,16 +55,14 @@ class _KeepNorm(Renormalizer):
     power: int
 
     def norm(self, kernel: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:
-        every = list(range(kernel.ndim))
-        units = [axis for axis in every if axis not in input_axes]
-        if self.power == 2:
-            # Without an array of the squares.
-            sums = np.einsum(kernel, every, kernel, every, units)
-        else:
-            sums = np.abs(kernel).sum(axis=tuple(input_axes))
+        axes = tuple(input_axes)
+        # Block by block, without an array of the size of the kernel.
+        blocks = np.array_split(kernel, min(len(kernel), 1 + kernel.size // 65_536))
+        sums = [(np.square(block) if self.power == 2 else np.abs(block)).sum(axis=axes, keepdims=True) for block in blocks]
+        sums = sum(sums) if 0 in axes else np.concatenate(sums)
         if self.granularity == "layer":
             sums = np.full_like(sums, sums.sum())
-        return np.expand_dims(sums ** (1 / self.power), tuple(input_axes))
+        return sums ** (1 / self.power)
 
     def __call__(self, before, after, input_axes):
         wanted, left = self.norm(before, input_axes), self.norm(after, input_axes)
