@@ -77,7 +77,7 @@ def _help(match: re.Match) -> str:
     parser = module.make_parser()
     if match["command"]:
         parser = next(action.choices for action in parser._actions if action.dest == "command")[match["command"]]
-    with unittest.mock.patch.dict(os.environ, COLUMNS="84"):
+    with unittest.mock.patch.dict(os.environ, COLUMNS="80"):
         return f"```text\n{parser.format_help()}```"
 
 
