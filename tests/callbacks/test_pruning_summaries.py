@@ -17,8 +17,15 @@ X, Y = np.ones((32, 6), "float32"), np.ones((32, 1), "float32")
 @pytest.fixture
 def model():
     inner = keras.Sequential([keras.Input((8,)), L.Dense(8, "relu", name="fc")], name="inner")
-    outer = [L.Dense(8, "relu", name="fc"), inner, L.Reshape((1, 8)), L.GRU(3, name="gru"), L.Dense(1, name="out")]
-    model = kr.to_prunable(keras.Sequential([keras.Input((6,)), *outer], name="net"), layers=["fc", "gru"])
+    outer = [
+        L.Dense(8, "relu", name="fc"),
+        inner,
+        L.Reshape((1, 8)),
+        L.SeparableConv1D(3, 1, name="two"),
+        L.Flatten(),
+        L.Dense(1),
+    ]
+    model = kr.to_prunable(keras.Sequential([keras.Input((6,)), *outer], name="net"), layers=["fc", "two"])
     model.compile("sgd", "mse", metrics=["mae"])
     return model
 
