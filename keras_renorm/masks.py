@@ -133,8 +133,11 @@ def _lowest(cells: np.ndarray, count: int, gone: np.ndarray | None, idle: np.nda
             return removed | _lowest_among(cells, count, waiting)
         removed = removed | waiting
         count -= np.count_nonzero(waiting)
-        return removed | _lowest_among(cells, count, ~removed)
-    return _lowest_among(cells, count, None) if gone is None else removed | _lowest_among(cells, count, ~removed)
+    elif gone is None:
+        return _lowest_among(cells, count, None)
+    lowest = _lowest_among(cells, count, ~removed)
+    lowest |= removed
+    return lowest
 
 
 def _lowest_among(cells: np.ndarray, count: int, among: np.ndarray | None) -> np.ndarray:
@@ -161,14 +164,15 @@ def _lowest_among(cells: np.ndarray, count: int, among: np.ndarray | None) -> np
     return lowest.reshape(cells.shape)
 
 
-def _bracket(values: np.ndarray, count: int, among: np.ndarray | None, sample: int = 50_000) -> tuple[float, float]:
+def _bracket(values: np.ndarray, count: int, among: np.ndarray | None) -> tuple[float, float]:
     """Two values that the `count`-th lowest most likely lies between, found as by Floyd and Rivest (SELECT, 1975).
 
     Only what lies between has to be partitioned: a few passes over memory instead of the tens that introselect takes where the
     processor is slow at it.
     """
-    if values.size <= 10 * sample:
+    if values.size < 500_000:
         return -np.inf, np.inf
+    sample = min(50_000, values.size // 50)
     places = np.random.default_rng(0).integers(values.size, size=sample)
     if among is not None:
         places = places[among[places]]

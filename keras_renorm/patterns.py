@@ -38,7 +38,14 @@ class Pattern(serialization.Configurable):
         return scores.reshape(-1, scores.shape[-1])
 
     def any(self, flags: np.ndarray) -> np.ndarray:
-        """Whether any weight of each cell is flagged: bool of shape `(..., inputs, units)` -> bool of the shape of `cells`."""
+        """Whether any weight of each cell is flagged.
+
+        Args:
+            flags: bool of shape `(..., inputs, units)`; or of shape `(..., 1, units)`, where all weights of a unit are alike.
+
+        Returns:
+            Bool of the shape of `cells`.
+        """
         return flags.reshape(-1, flags.shape[-1])
 
     def expand(self, kept: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
