@@ -74,6 +74,7 @@ def _help(match: re.Match) -> str:
     specification = importlib.util.spec_from_file_location("keras_renorm_cli", ROOT / "keras_renorm_cli.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
+    module._version = str  # which would import the package where it is not installed
     parser = module.make_parser()
     if match["command"]:
         parser = next(action.choices for action in parser._actions if action.dest == "command")[match["command"]]
