@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import keras
@@ -160,7 +160,7 @@ def run_rounds(
         keras.utils.set_random_seed(plan.seed)
         started = time.monotonic()
         if first is None:
-            (value, epochs, note), details = train(model, plan.fit, goal.metric), {}
+            (value, epochs, note), details = train(model, plan.fit, goal.metric, [_SeedAgain(plan.seed)]), {}
         else:
             (value, details), epochs, note = first(), 0, ""
         floor, trained = goal.floor_after(value), "" if first else "after training, "
@@ -189,8 +189,8 @@ def run_rounds(
         if reset_optimizer:
             for variable, value in zip(_optimizer_variables(model), fresh):
                 variable.assign(value)
-        stop = _StopWhenHeld(goal, state.floor) if plan.stop_early else None
-        value, epochs, note = train(model, plan.fit, goal.metric, stop)
+        callbacks = [_SeedAgain(plan.seed + number), *([_StopWhenHeld(goal, state.floor)] if plan.stop_early else [])]
+        value, epochs, note = train(model, plan.fit, goal.metric, callbacks)
         held = not note and goal.holds(value, state.floor)
         row = Round(number, sparsity, state.step, value, held, epochs, time.monotonic() - started, note, details)
         if held:
@@ -286,6 +286,18 @@ class Folder:
             raise
 
 
+class _SeedAgain(keras.callbacks.Callback):
+    """On PyTorch the first `fit` of a model draws a batch more than later ones: a run that is resumed would differ."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def on_train_begin(self, logs=None):
+        if keras.backend.backend() == "torch":
+            keras.utils.set_random_seed(self.seed)
+
+
 class _StopWhenHeld(keras.callbacks.Callback):
     def __init__(self, goal: Goal, floor: float | None):
         super().__init__()
@@ -296,14 +308,16 @@ class _StopWhenHeld(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def train(model: keras.Model, fit: Any, metric: str, stop: keras.callbacks.Callback | None = None) -> tuple[float, int, str]:
+def train(
+    model: keras.Model, fit: Any, metric: str, callbacks: Sequence[keras.callbacks.Callback] = ()
+) -> tuple[float, int, str]:
     """Train for a round: the metric at its end, the number of epochs, and what went wrong."""
     _restart(model.optimizer)
     if callable(fit):
         result = fit(model)
     else:
         arguments = {"verbose": 0, **fit}
-        result = model.fit(**{**arguments, "callbacks": [*(arguments.get("callbacks") or ()), *([stop] if stop else [])]})
+        result = model.fit(**{**arguments, "callbacks": [*(arguments.get("callbacks") or ()), *callbacks]})
     epochs = len(result.epoch) if isinstance(result, keras.callbacks.History) else 1
     logs = result.history if isinstance(result, keras.callbacks.History) else result
     if not isinstance(logs, Mapping) or metric not in logs:

@@ -79,6 +79,10 @@ def test_tensorboard_shows_the_sparsity(tmp_path):
     assert "epoch_sparsity" in tags
 
 
+several_steps = pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras on PyTorch takes one step at a time")
+
+
+@several_steps
 @pytest.mark.parametrize("steps_per_execution", [2, 3, 5])
 def test_steps_per_execution(steps_per_execution):
     model = make(steps_per_execution=steps_per_execution)
@@ -104,7 +108,7 @@ def test_ways_to_train(arguments):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("steps_per_execution", [1, 2])
+@pytest.mark.parametrize("steps_per_execution", [1, pytest.param(2, marks=several_steps)])
 def test_mixed_precision(policy, steps_per_execution):
     keras.config.set_dtype_policy(policy)
     try:
