@@ -40,15 +40,19 @@ BATCH = 128
 SPARSITY = 0.9
 
 
-def medians(functions: dict, runs: int) -> dict:
-    """Seconds of each function, as it says or as it takes, called in turns; the first turn is not counted."""
+def in_turns(functions: dict, runs: int) -> dict:
+    """Seconds of each run of each function, as it says or as it takes; a first turn is not counted."""
     times = {name: [] for name in functions}
     for _ in range(runs + 1):
         for name, function in functions.items():
             started = time.perf_counter()
             answer = function()
             times[name].append(answer if isinstance(answer, float) else time.perf_counter() - started)
-    return {name: float(np.median(values[1:])) for name, values in times.items()}
+    return {name: np.array(values[1:]) for name, values in times.items()}
+
+
+def medians(functions: dict, runs: int) -> dict:
+    return {name: float(np.median(values)) for name, values in in_turns(functions, runs).items()}
 
 
 def dense_network(library, dense, conv):
@@ -119,8 +123,8 @@ def training(network, kind, every, change, steps):
 
     def train():
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=[*callbacks, times])
-        # Epochs begin with steps of their own: the first ten are left out, and no event falls into those of long intervals.
-        return float(np.mean(times.seconds[10:]))
+        # An epoch begins with ten steps that apply masks in full. With events the mean counts, for these are few and long.
+        return float((np.mean if every else np.median)(times.seconds[10:]))
 
     return train
 
@@ -137,14 +141,23 @@ def step(arguments):
             case: training(network, case[0].removesuffix(" again"), case[1], case[2], 110 if case[1] == 100 else 30)
             for case in shown
         }
-        seconds = medians(functions, arguments.runs)
-        plain = seconds[cases[0]]
-        print(f"\n{network} network, Adam, batch {BATCH}: a step without masks takes {1e3 * plain:.1f} ms")
+        seconds = in_turns(functions, arguments.runs)
+        # Twice, to see how far two that are the same lie apart.
+        plain = (seconds[cases[0]] + seconds[cases[1]]) / 2
+        print(f"\n{network} network, Adam, batch {BATCH}: a step without masks takes {1e3 * np.median(plain):.1f} ms")
         for kind, every, change in shown:
             when = "no update" if every is None else f"update every {every} steps" + (", masks change" if change else "")
-            ratio = seconds[kind, every, change] / plain
+            ratio = float(np.median(seconds[kind, every, change] / plain))
             print(f"  {kind:12} {when:36} {ratio:6.2f}x", flush=True)
-            rows.append(dict(network=network, layers=kind, update=when, ratio=ratio, milliseconds=1e3 * ratio * plain))
+            rows.append(
+                dict(
+                    network=network,
+                    layers=kind,
+                    update=when,
+                    ratio=ratio,
+                    milliseconds=1e3 * float(np.median(seconds[kind, every, change])),
+                )
+            )
     return rows
 
 

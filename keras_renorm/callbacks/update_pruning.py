@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_renorm import schedules
-from keras_renorm.layers.masked import NEVER, masked_layers, sparsity_of
+from keras_renorm.layers.masked import NEVER, MaskedLayer, masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
 from keras_renorm.settling import settle, unsettle
 
@@ -98,6 +98,11 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def _find_layers(self) -> None:
         layers = masked_layers(self.model)
+        if not layers and any(isinstance(part, MaskedLayer) for part in self.model._flatten_layers()):
+            raise ValueError(
+                f"Model '{self.model.name}' has prunable layers, but no weights yet, which `UpdatePruning` needs. Call "
+                "it on a batch of data, or `model.build(input_shape)`, before `fit`."
+            )
         if not layers:
             raise ValueError(
                 f"Model '{self.model.name}' has no prunable layers, so `UpdatePruning` has nothing to do. Convert it first: "

@@ -215,6 +215,13 @@ def test_a_mirrored_strategy():
     assert kr.summary(model).sparsity == 0.75
 
 
+def test_a_model_without_weights_is_told_apart_from_one_without_layers():
+    model = keras.Sequential([kr.layers.PrunableDense(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"but no weights yet.*model.build"):
+        fit(model, kr.callbacks.UpdatePruning(kr.schedules.ConstantSparsity(0.5, 0)))
+
+
 def test_no_prunable_layers():
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
