@@ -142,6 +142,9 @@ class UpdatePruning(keras.callbacks.Callback):
         optimizer = getattr(self._model, "optimizer", None)
         if getattr(self._model, "steps_per_execution", 1) == 1 or optimizer is None:
             return None
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            # It does not count batches whose gradients overflowed.
+            return None
         self._bring_up_to_date()
         every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         return int(keras.ops.convert_to_numpy(optimizer.iterations)) * every

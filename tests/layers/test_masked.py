@@ -19,7 +19,7 @@ def test_an_event_by_hand():
     np.testing.assert_array_equal(layer.mask.numpy(), [[True, False], [True, True], [False, True]])
     np.testing.assert_allclose(layer.scale.numpy(), [4.5 / 4, 7 / 6], rtol=1e-6)
     outputs = layer(np.array([[1.0, 1.0, 1.0]], "float32"))
-    np.testing.assert_allclose(np.asarray(outputs), [[2 * 4.5 / 4, -2 * 7 / 6]], rtol=1e-6)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(outputs), [[2 * 4.5 / 4, -2 * 7 / 6]], rtol=1e-6)
 
 
 def test_the_second_event_keeps_the_norm_of_what_was_there_just_before():
@@ -71,7 +71,7 @@ def test_a_hidden_value_may_be_infinite():
     layer.kernel.assign([[np.inf], [2.0], [3.0], [4.0]])
     layer.update_masks(0.5)
     np.testing.assert_array_equal(layer.mask.numpy()[:, 0], [False, False, True, True])
-    assert np.isfinite(np.asarray(layer(np.ones((1, 4), "float32")))).all()
+    assert np.isfinite(keras.ops.convert_to_numpy(layer(np.ones((1, 4), "float32")))).all()
 
 
 @pytest.mark.parametrize("sparsity", [-0.5, 1.0, float("nan")])
