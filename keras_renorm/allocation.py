@@ -55,12 +55,28 @@ def lamp(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
 
 
 def _above_threshold(scores: list[np.ndarray], keep: float) -> np.ndarray:
-    every = np.concatenate(scores)
-    remove = min(every.size - round(keep), every.size - 1)
-    threshold = np.partition(every, remove)[remove]
+    size = sum(part.size for part in scores)
+    remove = min(size - round(keep), size - 1)
+    threshold = _smallest_of_all(scores, remove)
     counts = np.array([np.count_nonzero(part > threshold) for part in scores], float)
     tied = np.array([np.count_nonzero(part == threshold) for part in scores], float)
     return counts + tied * (keep - counts.sum()) / tied.sum()
+
+
+def _smallest_of_all(parts: list[np.ndarray], rank: int, sample: int = 100_000) -> float:
+    """The value that has `rank` values below it in order, without an array of all: a sample brackets it, as in `masks`."""
+    every, size = max(1, sum(part.size for part in parts) // sample), sum(part.size for part in parts)
+    generator = np.random.default_rng(0)
+    drawn = np.sort(np.concatenate([part[generator.integers(part.size, size=-(-part.size // every))] for part in parts]))
+    share = rank / size
+    margin = 4 * np.sqrt(share * (1 - share) / len(drawn)) + 2 / len(drawn)
+    low = drawn[int((share - margin) * len(drawn))] if share > margin else -np.inf
+    high = drawn[int((share + margin) * len(drawn))] if share + margin < 1 else np.inf
+    below = sum(np.count_nonzero(part < low) for part in parts)
+    between = np.concatenate([part[np.flatnonzero((part >= low) & (part <= high))] for part in parts])
+    if not below <= rank < below + len(between):
+        below, between = 0, np.concatenate(parts)
+    return np.partition(between, rank - below)[rank - below]
 
 
 KNOWN = {"uniform": uniform, "global": global_, "erk": erk, "balanced": balanced, "lamp": lamp}

@@ -65,3 +65,19 @@ def test_wrong_input():
         allocate([np.ones(4), np.ones(4)], 0.5, lambda kernels, keep: [keep])
     with pytest.raises(ValueError, match="`sparsity` must be a number in"):
         allocate([np.ones(4)], 1.0)
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "one kernel larger"])
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.9, 0.9999])
+def test_large_models_get_the_threshold_of_all_their_weights(kind, sparsity, generator):
+    kernels = [generator.standard_normal(shape, np.float32) for shape in [(500, 400), (300, 100), (700, 900)]]
+    if kind == "ties":
+        kernels = [np.round(kernel, 1) for kernel in kernels]
+    elif kind == "one kernel larger":
+        kernels[1] *= 100
+    every = np.sort(np.concatenate([np.abs(kernel).reshape(-1) for kernel in kernels]))
+    threshold = every[round(sparsity * every.size)]
+    for one, kernel in zip(allocate(kernels, sparsity, "global"), kernels):
+        above, equal = np.count_nonzero(np.abs(kernel) > threshold), np.count_nonzero(np.abs(kernel) == threshold)
+        # Kernels without a weight above the threshold keep one, which others lose.
+        assert above - 2 <= (1 - one) * kernel.size <= above + equal + 1
