@@ -36,7 +36,7 @@ def settle(model: keras.Model) -> None:
         model: a model that is being trained.
     """
     optimizer = _innermost(getattr(model, "optimizer", None))
-    if not _is_weight_by_weight(optimizer):
+    if type(optimizer) not in _WEIGHT_BY_WEIGHT:
         return
     for layer in masked_layers(model):
         for kernel in layer.masked_kernels:
@@ -60,12 +60,6 @@ def _innermost(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers
     while isinstance(optimizer, (keras.optimizers.LossScaleOptimizer, OptimizerWrapper)):
         optimizer = optimizer.inner_optimizer
     return optimizer
-
-
-def _is_weight_by_weight(optimizer: keras.optimizers.Optimizer | None) -> bool:
-    """Whether it is one of Keras' own, and not a subclass that may do anything; on PyTorch these are subclasses of Keras'."""
-    lineage = type(optimizer).__mro__ if type(optimizer).__module__.startswith("keras.") else ()
-    return next((cls for cls in lineage if cls.__module__.startswith("keras.src.optimizers.")), None) in _WEIGHT_BY_WEIGHT
 
 
 def _slots(optimizer: keras.optimizers.Optimizer, kernel: MaskedKernel) -> list[keras.Variable]:

@@ -7,6 +7,13 @@ import numpy as np
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    if keras.backend.backend() == "torch":
+        for item in items:
+            if "several steps" in item.name or "several_steps" in item.name or "steps_per_execution" in item.name:
+                item.add_marker(pytest.mark.skip(reason="Keras on PyTorch takes one step at a time"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     keras.utils.clear_session(free_memory=False)

@@ -80,4 +80,4 @@ def test_large_models_get_the_threshold_of_all_their_weights(kind, sparsity, gen
     for one, kernel in zip(allocate(kernels, sparsity, "global"), kernels):
         above, equal = np.count_nonzero(np.abs(kernel) > threshold), np.count_nonzero(np.abs(kernel) == threshold)
         # Kernels without a weight above the threshold keep one, which others lose.
-        assert above - 2 <= (1 - one) * kernel.size <= above + equal + 1
+        assert above - 2 <= (1 - one) * kernel.size <= above + equal + 1.5

@@ -89,6 +89,10 @@ def names(model):
     return [layer.name for layer in model.layers if not isinstance(layer, L.InputLayer)]
 
 
+# Recurrent layers of PyTorch do not round alike where their arrays lie elsewhere in memory.
+ROUNDING = 1e-6 if keras.backend.backend() == "torch" else 0
+
+
 def assert_same_outputs(one, other, batch, **tolerance):
     pairs = zip(*(keras.tree.flatten(model.predict_on_batch(batch)) for model in (one, other)), strict=True)
     for first, second in pairs:
@@ -134,7 +138,7 @@ def test_every_layer_goes_there_and_back(name):
     prunable = kr.to_prunable(model)
     assert len([kernel for layer in masked_layers(prunable) for kernel in layer.masked_kernels]) == len(kernels) + 1
     batch = model_inputs(inputs)
-    assert_same_outputs(model, prunable, batch, rtol=0, atol=0)
+    assert_same_outputs(model, prunable, batch, rtol=0, atol=ROUNDING)
     for layer in masked_layers(prunable):
         layer.update_masks(0.5)
     plain = kr.strip(prunable)

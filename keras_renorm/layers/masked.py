@@ -137,9 +137,10 @@ class MaskedLayer:
                 initializer="ones",
                 trainable=False,
             )
-            # Not a weight of the layer: it holds for a training that is under way. JAX would take it for a constant.
+            # Not a weight of the layer: it holds for a training that is under way. JAX would take it for a constant, and
+            # PyTorch cannot compile gradients of one's own.
             settled = None
-            if settles and keras.backend.backend() != "jax":
+            if settles and keras.backend.backend() == "tensorflow":
                 settled = keras.Variable(False, dtype="bool", trainable=False, name=f"{prefix}settled")
             masked.append(MaskedKernel(kernel.variable, kernel.input_axes, mask, scale, settled))
             if kernel.variable.regularizer is not None:
