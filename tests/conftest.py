@@ -1,3 +1,4 @@
+import importlib
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,6 +19,14 @@ def pytest_collection_modifyitems(items):
 def fixed_seeds():
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
+
+
+@pytest.fixture
+def tf():
+    """TensorFlow, in tests that look at tensors of the backend with it."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("TensorFlow is not the backend")
+    return importlib.import_module("tensorflow")
 
 
 @pytest.fixture

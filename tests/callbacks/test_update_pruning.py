@@ -68,8 +68,7 @@ def test_logs_history_and_progress_bar_hold_the_sparsity(capsys):
     assert "sparsity: 0.75" in capsys.readouterr().out
 
 
-def test_tensorboard_shows_the_sparsity(tmp_path):
-    tf = pytest.importorskip("tensorflow")
+def test_tensorboard_shows_the_sparsity(tmp_path, tf):
     callbacks = [kr.callbacks.UpdatePruning(SCHEDULE), keras.callbacks.TensorBoard(tmp_path)]
     make().fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=callbacks)
     tags = set()
@@ -184,8 +183,7 @@ def test_tfmots_schedule_survives_saving(tmp_path):
     assert kr.summary(again).sparsity == 0.75
 
 
-def test_a_training_loop_of_ones_own():
-    tf = pytest.importorskip("tensorflow")
+def test_a_training_loop_of_ones_own(tf):
     model = make()
     optimizer = keras.optimizers.Adam()
     pruning = kr.callbacks.UpdatePruning(SCHEDULE)
@@ -206,8 +204,7 @@ def test_a_training_loop_of_ones_own():
     assert seen[-1] == 0.75
 
 
-def test_a_mirrored_strategy():
-    tf = pytest.importorskip("tensorflow")
+def test_a_mirrored_strategy(tf):
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         model = make()
     fit(model)
@@ -300,8 +297,7 @@ def test_early_stopping_restores_masks_and_step(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("steps_per_execution", [1, 2, 4])
-def test_data_of_unknown_size(steps_per_execution):
-    tf = pytest.importorskip("tensorflow")
+def test_data_of_unknown_size(steps_per_execution, tf):
     data = tf.data.Dataset.from_generator(
         lambda: ((X[i : i + 8], Y[i : i + 8]) for i in (0, 8, 16, 24, 0)),
         output_signature=(tf.TensorSpec((None, 6)), tf.TensorSpec((None, 1))),

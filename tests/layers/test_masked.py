@@ -100,8 +100,7 @@ def test_masks_take_a_quarter_of_the_kernels_memory():
     assert mask.nbytes * 4 == kernel.nbytes
 
 
-def test_gradient_reaches_kept_weights_times_their_scale():
-    tf = pytest.importorskip("tensorflow")
+def test_gradient_reaches_kept_weights_times_their_scale(tf):
     layer = dense([[3.0], [1.0]], group="unit", renormalize="l1")
     layer.update_masks(0.5)
     with tf.GradientTape() as tape:
@@ -109,8 +108,7 @@ def test_gradient_reaches_kept_weights_times_their_scale():
     np.testing.assert_allclose(tape.gradient(outputs, layer.kernel.value), [[5 * 4 / 3], [0]], rtol=1e-6)
 
 
-def test_remat_gives_the_same_gradients():
-    tf = pytest.importorskip("tensorflow")
+def test_remat_gives_the_same_gradients(tf):
     gradients = []
     for mode in (None, "full"):
         keras.utils.set_random_seed(1)

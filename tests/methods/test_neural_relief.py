@@ -209,8 +209,7 @@ def test_layers_that_samples_do_not_serve_stay():
     assert not kept(found.model, "a").all()
 
 
-def test_data_of_every_kind():
-    tf = pytest.importorskip("tensorflow")
+def test_data_of_every_kind(tf):
     model = make()
     expected = without_training(model, X).model.get_weights()
     for data in (tf.data.Dataset.from_tensor_slices((X, Y)).batch(100), (X[i : i + 64] for i in range(0, 256, 64))):
