@@ -287,14 +287,14 @@ class Folder:
 
 
 class _SeedAgain(keras.callbacks.Callback):
-    """On PyTorch the first `fit` of a model draws a batch more than later ones: a run that is resumed would differ."""
+    """On JAX and PyTorch the first `fit` of a model draws a batch more than later ones: a run that is resumed would differ."""
 
     def __init__(self, seed: int):
         super().__init__()
         self.seed = seed
 
     def on_train_begin(self, logs=None):
-        if keras.backend.backend() == "torch":
+        if keras.backend.backend() != "tensorflow":
             keras.utils.set_random_seed(self.seed)
 
 
