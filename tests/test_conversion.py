@@ -392,3 +392,19 @@ def test_with_events_no_warning():
     model.compile("sgd", "mse")
     model.fit(batch_for(model), np.ones((4, 5)), verbose=0, callbacks=[kr.callbacks.UpdatePruning()])
     kr.strip(model)
+
+
+@pytest.mark.parametrize("arguments", [dict(), dict(jit_compile=True), dict(run_eagerly=True)], ids=["graph", "xla", "eager"])
+def test_training_one_of_two_models_leaves_the_other_as_it_is(arguments, generator):
+    """They may share memory until one is written to."""
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(1)])
+    prunable = kr.to_prunable(model)
+    x, y = generator.standard_normal((32, 16)), generator.standard_normal((32, 1))
+    for trained, other in ((prunable, model), (model, prunable)):
+        before = [weight.copy() for weight in other.get_weights()]
+        own = [weight.copy() for weight in trained.get_weights()]
+        trained.compile(keras.optimizers.SGD(0.1), "mse", **arguments)
+        trained.fit(x, y, verbose=0)
+        assert not np.array_equal(own[0], trained.get_weights()[0])
+        for weight, expected in zip(other.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(weight, expected)
