@@ -29,21 +29,22 @@ _WEIGHT_BY_WEIGHT = {
 def settle(model: keras.Model) -> None:
     """Set masked values, and what the optimizer remembers of them, to zero, for a training step that costs no more than before.
 
-    Kernels with a constraint, those whose weights may come back (`regrow=True`) and those of optimizers that would not keep
-    the zeros stay as they are.
+    Kernels with a constraint, those whose weights may come back (`regrow=True`), those of optimizers that would not keep the
+    zeros, and all in models with a `train_step` of their own, which may train in any way, stay as they are.
 
     Args:
         model: a model that is being trained.
     """
     optimizer = _innermost(getattr(model, "optimizer", None))
-    if type(optimizer) not in _WEIGHT_BY_WEIGHT:
+    if type(optimizer) not in _WEIGHT_BY_WEIGHT or type(model).train_step is not keras.Model.train_step:
         return
     for layer in masked_layers(model):
         for kernel in layer.masked_kernels:
-            if kernel.settled is None or layer.regrow or kernel.variable.constraint is not None:
+            slots = _slots(optimizer, kernel)
+            if kernel.settled is None or slots is None or layer.regrow or kernel.variable.constraint is not None:
                 continue
             mask = ops.convert_to_tensor(kernel.mask)
-            for variable in (kernel.variable, *_slots(optimizer, kernel)):
+            for variable in (kernel.variable, *slots):
                 variable.assign(ops.where(mask, variable, ops.zeros((), variable.dtype)))
             kernel.set_settled(True)
 
@@ -62,11 +63,14 @@ def _innermost(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers
     return optimizer
 
 
-def _slots(optimizer: keras.optimizers.Optimizer, kernel: MaskedKernel) -> list[keras.Variable]:
-    """The optimizer's variables that hold one value for each weight of a kernel: momenta, averages, accumulated gradients."""
+def _slots(optimizer: keras.optimizers.Optimizer, kernel: MaskedKernel) -> list[keras.Variable] | None:
+    """The optimizer's variables that hold one value for each weight of a kernel: momenta, averages, accumulated gradients.
+
+    `None` for a kernel that it does not train.
+    """
     known = [id(variable) for variable in optimizer._trainable_variables]
     if id(kernel.variable) not in known:
-        return []
+        return None
     place = known.index(id(kernel.variable))
     lists = [value for value in vars(optimizer).values() if isinstance(value, list) and len(value) == len(known)]
     return [

@@ -116,6 +116,21 @@ def test_a_kernel_that_is_set_between_epochs_is_masked():
     assert (keras.ops.convert_to_numpy(layer.kernel)[~keras.ops.convert_to_numpy(layer.mask)] == 0).all()
 
 
+@needs_settling
+def test_a_model_with_a_train_step_of_its_own_does_not_settle():
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    model = Own([keras.Input((6,)), kr.layers.PrunableDense(2)])
+    model.compile("adam", "mse")
+    watch = Watch()
+    pruning = kr.callbacks.UpdatePruning(kr.schedules.ConstantSparsity(0.5, 0, 0))
+    model.fit(np.ones((80, 6)), np.ones((80, 2)), batch_size=4, verbose=0, callbacks=[pruning, watch])
+    assert len(watch.settled) == 20
+    assert not any(watch.settled)
+
+
 def test_settling_is_not_a_weight():
     layer = kr.layers.PrunableDense(2)
     layer.build((None, 3))
