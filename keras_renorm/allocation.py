@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm import validation
+from keras_renorm import arrays, validation
 
 
 def uniform(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
@@ -64,14 +64,11 @@ def _above_threshold(scores: list[np.ndarray], keep: float) -> np.ndarray:
 
 
 def _smallest_of_all(parts: list[np.ndarray], rank: int, sample: int = 100_000) -> float:
-    """The value that has `rank` values below it in order, without an array of all: a sample brackets it, as in `masks`."""
-    every, size = max(1, sum(part.size for part in parts) // sample), sum(part.size for part in parts)
+    """The value that has `rank` values below it in order, without an array of all."""
+    size = sum(part.size for part in parts)
     generator = np.random.default_rng(0)
-    drawn = np.sort(np.concatenate([part[generator.integers(part.size, size=-(-part.size // every))] for part in parts]))
-    share = rank / size
-    margin = 4 * np.sqrt(share * (1 - share) / len(drawn)) + 2 / len(drawn)
-    low = drawn[int((share - margin) * len(drawn))] if share > margin else -np.inf
-    high = drawn[int((share + margin) * len(drawn))] if share + margin < 1 else np.inf
+    drawn = [part[generator.integers(part.size, size=-(-part.size * sample // size))] for part in parts]
+    low, high = arrays.bracket(np.concatenate(drawn), rank / size)
     below = sum(np.count_nonzero(part < low) for part in parts)
     between = np.concatenate([part[np.flatnonzero((part >= low) & (part <= high))] for part in parts])
     if not below <= rank < below + len(between):

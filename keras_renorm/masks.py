@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from keras_renorm import patterns, validation
+from keras_renorm import arrays, patterns, validation
 
 GROUPS = ("layer", "unit")
 
@@ -165,25 +165,13 @@ def _lowest_among(cells: np.ndarray, count: int, among: np.ndarray | None) -> np
 
 
 def _bracket(values: np.ndarray, count: int, among: np.ndarray | None) -> tuple[float, float]:
-    """Two values that the `count`-th lowest most likely lies between, found as by Floyd and Rivest (SELECT, 1975).
-
-    Only what lies between has to be partitioned: a few passes over memory instead of the tens that introselect takes where the
-    processor is slow at it.
-    """
+    """Two values that the `count`-th lowest most likely lies between."""
     if values.size < 500_000:
         return -np.inf, np.inf
-    sample = min(50_000, values.size // 50)
-    places = np.random.default_rng(0).integers(values.size, size=sample)
+    places = np.random.default_rng(0).integers(values.size, size=min(50_000, values.size // 50))
     if among is not None:
         places = places[among[places]]
-    drawn = np.sort(values[places])
-    if len(drawn) < 1000:
-        return -np.inf, np.inf
-    share = count / (values.size if among is None else np.count_nonzero(among))
-    margin = 4 * np.sqrt(share * (1 - share) / len(drawn)) + 2 / len(drawn)
-    ends = [share - margin, share + margin]
-    low, high = drawn[[int(np.clip(end * len(drawn), 0, len(drawn) - 1)) for end in ends]]
-    return low if ends[0] > 0 else -np.inf, high if ends[1] < 1 else np.inf
+    return arrays.bracket(values[places], count / (values.size if among is None else np.count_nonzero(among)))
 
 
 def _lowest_of_columns(cells: np.ndarray, count: int, gone: np.ndarray | None) -> np.ndarray:
