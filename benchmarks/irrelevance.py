@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import keras
 import networks
 import numpy as np
-from search import StepTimes
+from step_times import step_times
 
 import keras_renorm as kr
 
@@ -43,7 +43,7 @@ def training(network, way, samples):
     keras.utils.set_random_seed(0)
     model = NETWORKS[network](x.shape[1:], 10)
     model.compile(WAYS[way](keras.optimizers.Adam(1e-3)), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    times = StepTimes()
+    times = step_times()
 
     def train():
         model.fit(x, y, batch_size=128, verbose=0, callbacks=[times])

@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import keras
 import numpy as np
 import prune_at_initialization as example
+from step_times import step_times
 
 import keras_renorm as kr
 
@@ -33,17 +34,6 @@ METHODS = {
 SHAPES = {"dense": (28, 28, 1), "conv": (32, 32, 3)}
 
 
-class StepTimes(keras.callbacks.Callback):
-    def on_epoch_begin(self, epoch, logs=None):
-        self.seconds = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.started = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.seconds.append(time.perf_counter() - self.started)
-
-
 def trainings(network, samples):
     """One training a method, as a function that trains for an epoch and returns the seconds of a step and of the epoch."""
     x = np.random.default_rng(0).random((samples, *SHAPES[network]), np.float32)
@@ -53,7 +43,7 @@ def trainings(network, samples):
         keras.utils.set_random_seed(0)
         model = kr.to_prunable(example.NETWORKS[network](x.shape[1:], 10), layers=example.prunable)
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        times = StepTimes()
+        times = step_times()
         callbacks = [method()] if method else []
         epoch = 0
 

@@ -11,7 +11,7 @@
 Prints tables, and writes speed.json (with machine and versions) and speed.png.
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --part step --network dense
+    python benchmarks/speed.py --part step --network dense --every --runs 15
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from step_times import step_times
 
 import keras_renorm as kr
 from keras_renorm.masks import compute_mask
@@ -79,24 +80,8 @@ LAYERS = {
 }
 
 
-def steps_of(base):
-    class Steps(base):
-        """The seconds of the steps of an epoch, with what callbacks before this one do in them."""
-
-        def on_epoch_begin(self, epoch, logs=None):
-            self.seconds = []
-
-        def on_train_batch_begin(self, batch, logs=None):
-            self.started = time.perf_counter()
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.seconds.append(time.perf_counter() - self.started)
-
-    return Steps()
-
-
 def training(network, kind, every, change, steps):
-    """A function that trains for an epoch and answers the mean seconds of a step."""
+    """A function that trains for an epoch and answers the seconds of a step: the mean with updates, else the median."""
     keras.utils.set_random_seed(0)
     if kind == "tfmot":
         import tensorflow_model_optimization as tfmot
@@ -119,7 +104,7 @@ def training(network, kind, every, change, steps):
     model.compile(optimizer=library.optimizers.Adam(), loss=library.losses.SparseCategoricalCrossentropy(from_logits=True))
     x = np.random.default_rng(0).random((BATCH * steps, *shape), np.float32)
     y = np.arange(len(x)) % 10
-    times = steps_of(library.callbacks.Callback)
+    times = step_times(library.callbacks.Callback)
 
     def train():
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=[*callbacks, times])
@@ -133,8 +118,8 @@ def step(arguments):
     rows = []
     cases = [("dense", None, False), ("dense again", None, False)]
     cases += [(kind, None, False) for kind in ("prunable", "wrapper", "tfmot")]
-    updates = [("prunable", every, change) for every in (100, 10, 1) for change in (False, True)]
-    updates += [("tfmot", every, False) for every in (100, 10, 1)]
+    updates = [("prunable", every, change) for every in arguments.every for change in (False, True)]
+    updates += [("tfmot", every, False) for every in arguments.every]
     for network in arguments.network:
         shown = cases + updates if network == "dense" else cases
         functions = {
@@ -320,6 +305,9 @@ def main():
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="of part step")
     parser.add_argument(
         "--millions", nargs="+", type=int, default=[1, 3, 10, 30, 100, 300], help="weights, of update and prune"
+    )
+    parser.add_argument(
+        "--every", nargs="*", type=int, default=[100, 10, 1], help="steps between updates, of part step; none to leave them out"
     )
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument(
