@@ -32,6 +32,7 @@ ALLOCATIONS = ("balanced", "erk", "global", "lamp", "uniform")
 PATTERNS = ("block", "n_of_m", "unit", "unstructured")
 CRITERIA = ("activation", "activity", "admm", "auto", "magnitude", "obs", "random")
 RENORMALIZERS = ("auto", "l1", "l2", "lstsq", "moments", "none")
+NEED_SAMPLES = ("activation", "activity", "admm", "lstsq", "moments", "obs")
 
 EXAMPLES = """
 examples:
@@ -40,10 +41,14 @@ examples:
   keras-renorm export pruned.keras -o pruned.tflite
   keras-renorm compare model.keras pruned.tflite --data test.npz
 
-`keras-renorm COMMAND --help` says more of each. Samples come as NumPy writes them:
-  np.savez("samples.npz", x=images)          a few hundred to a few thousand, without labels
-  np.savez("test.npz", x=images, y=labels)   with labels, to measure accuracies
-  np.savez("two.npz", left=a, right=b)       a model with several inputs: by their names
+`keras-renorm COMMAND --help` says more of each.
+Samples come as NumPy writes them:
+  np.savez("samples.npz", x=images)
+      a few hundred to a few thousand, without labels
+  np.savez("test.npz", x=images, y=labels)
+      with labels, to measure accuracies
+  np.savez("two.npz", left=a, right=b)
+      for a model with several inputs: by their names
 
 Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted.
 """
@@ -53,7 +58,8 @@ examples:
   keras-renorm prune model.keras --sparsity 0.9 -o pruned.keras
       without samples: by magnitude, and each layer gets its norm back
   keras-renorm prune model.keras --sparsity 0.9 --calibration samples.npz -o pruned.keras
-      with a thousand unlabelled samples: fitted layer by layer, which keeps far more accuracy
+      with a thousand unlabelled samples: fitted layer by layer, which keeps
+      far more accuracy
   keras-renorm prune model.keras --sparsity 'block_*=0.9' --sparsity logits=0.5 -o pruned.keras
       these layers alone, each with its own sparsity
   keras-renorm prune model.keras --sparsity 0.9 --target litert -o pruned.keras
@@ -64,9 +70,12 @@ examples:
 
 REPORT = """
 examples:
-  keras-renorm report pruned.keras             layer by layer: weights, kept, sparsity
-  keras-renorm report pruned.tflite            tensor by tensor: stored sparse or not, zeros skipped or not, and why
-  keras-renorm report pruned.keras --explain   the same of what an export would write
+  keras-renorm report pruned.keras
+      layer by layer: weights, kept, sparsity
+  keras-renorm report pruned.tflite
+      tensor by tensor: stored sparse or not, zeros skipped or not, and why
+  keras-renorm report pruned.keras --explain
+      the same of what an export would write
   keras-renorm report pruned.keras --json | jq .sparsity
 """
 
@@ -77,17 +86,20 @@ examples:
   keras-renorm export pruned.keras --quantize int8 -o weights_only.tflite
   keras-renorm export pruned.keras --quantize int8 --representative-data samples.npz -o integers.tflite
 
-The file is loaded again and compared with the Keras model before it takes its name.
+The file is loaded again and compared with the Keras model before it takes its
+name.
 """
 
 COMPARE = """
 examples:
-  keras-renorm compare model.keras pruned.tflite                   how far apart the outputs are, on random inputs
-  keras-renorm compare model.keras pruned.tflite --data test.npz   on samples; with labels `y`, the accuracy of both
+  keras-renorm compare model.keras pruned.tflite
+      how far apart the outputs are, on random inputs
+  keras-renorm compare model.keras pruned.tflite --data test.npz
+      on samples; with labels `y`, the accuracy of both
   keras-renorm compare dense.tflite pruned.tflite --threads 4
 
-Latencies are taken in turns, of one sample: a .tflite in LiteRT, a .keras with `model.predict_on_batch`, which says
-little of what a phone would take.
+Latencies are taken in turns, of one sample: a .tflite in LiteRT, a .keras with
+`model.predict_on_batch`, which says little of what a phone would take.
 """
 
 
@@ -97,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; `None` for those of the process.
     """
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if contradiction := _contradiction(arguments):
+        parser.error(contradiction)
     try:
         with _quiet(arguments.debug):
             _check_files(arguments)
@@ -122,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Prune trained Keras models, give them their accuracy back, and ship them as small .tflite files.",
+        description="Prune trained Keras models, give them their accuracy back,\nand ship them as small .tflite files.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -266,6 +281,8 @@ class _PerLayer(argparse.Action):
         layer, one = value
         before = getattr(namespace, self.dest)
         given = before is not self.default
+        if isinstance(before, dict) and layer in before:
+            raise argparse.ArgumentError(self, f"{layer!r} is given twice")
         if layer is None and not given:
             setattr(namespace, self.dest, one)
         elif layer is not None and (not given or isinstance(before, dict)):
@@ -297,10 +314,12 @@ def _share(text: str) -> float:
 def _pattern(text: str) -> tuple[str, tuple[int, ...]]:
     """The name of a pattern and its numbers."""
     name, colon, numbers = text.partition(":")
-    sides = numbers.split(",") if colon else []
-    if colon and (name not in ("block", "n_of_m") or len(sides) != 2 or not all(side.isdecimal() for side in sides)):
+    sides = tuple(int(side) if side.isdecimal() else 0 for side in numbers.split(",")) if colon else ()
+    if colon and (name not in ("block", "n_of_m") or len(sides) != 2 or 0 in sides):
         raise argparse.ArgumentTypeError(f"must be like block:4,1 or n_of_m:2,4, but is {text!r}")
-    return _name(PATTERNS)(name), tuple(map(int, sides))
+    if name == "n_of_m" and sides and sides[0] >= sides[1]:
+        raise argparse.ArgumentTypeError(f"must keep fewer than all, such as n_of_m:2,4, but is {text!r}")
+    return _name(PATTERNS)(name), sides
 
 
 def _name(known: Sequence[str]) -> Callable[[str], str]:
@@ -320,6 +339,22 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but is {text!r}")
     return int(text)
+
+
+def _contradiction(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with arguments that are right one by one."""
+    if arguments.command == "export" and arguments.representative_data and arguments.quantize != "int8":
+        return "--representative-data goes with --quantize int8"
+    if arguments.command != "prune":
+        return None
+    if arguments.layer and isinstance(arguments.sparsity, dict):
+        return "give either --layer or --sparsity LAYER=SHARE, which names the layers"
+    if arguments.target and isinstance(arguments.pattern, tuple) and arguments.pattern[0] != "unstructured":
+        return "--target chooses the patterns: leave --pattern out, or give it as LAYER=NAME"
+    for option, value in (("--criterion", arguments.criterion), ("--renormalize", arguments.renormalize)):
+        if value in NEED_SAMPLES and not arguments.calibration:
+            return f"{option} {value} needs samples: --calibration X.npz"
+    return None
 
 
 def _version() -> str:

@@ -20,7 +20,7 @@ PAGES = {
 }
 # Pages that are shown where they exist: (section, title, file, the file that it comes after).
 OPTIONAL = [
-    ("Guides", "Distributed and mixed precision", "distributed.md", "edge.md"),
+    ("Guides", "Several devices, other backends", "distributed.md", "edge.md"),
     ("API", "Plots", "api/plots.md", "api/export.md"),
     ("API", "Command line", "api/cli.md", "api/export.md"),
 ]

@@ -1,4 +1,7 @@
-"""`python -m keras_renorm` is the command `keras-renorm`."""
+"""`python -m keras_renorm` is the command `keras-renorm`.
+
+Python imports the package first, with TensorFlow and what it logs; `python -m keras_renorm_cli` begins without them.
+"""
 
 import sys
 

@@ -80,7 +80,7 @@ def summary(model: keras.Model) -> Summary:
         model: a built model, with prunable layers or plain.
 
     Returns:
-        A `Summary`: print it for a table, or take its `rows`, `sparsity` and `notes`.
+        A `Summary`; print it for a table, or take its `rows`, `sparsity` and `notes`.
 
     Example:
 

@@ -193,6 +193,24 @@ def test_accuracies(outputs, labels, accuracy):
     assert _accuracy([np.asarray(outputs)], np.asarray(labels), pathlib.Path("xy.npz")) == accuracy
 
 
+def test_other_backends_are_told_how_to_export(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    for command in ("export pruned.keras -o @p.tflite", "report pruned.keras --explain"):
+        status, out, err = run(command)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert "Run the command again with KERAS_BACKEND=tensorflow" in err
+    assert not os.listdir(tmp_path)
+
+
+def test_a_missing_tensorflow_is_not_a_broken_file(run, tmp_path, monkeypatch):
+    (tmp_path / "p.tflite").write_bytes(b"1234TFL3")
+    monkeypatch.setitem(sys.modules, "tensorflow.lite.python", None)
+    for command in ("report @p.tflite", "compare pruned.keras @p.tflite"):
+        status, _, err = run(command)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "TensorFlow, which is not installed" in err
+
+
 BAD_MODELS = {
     "text": (b"hello", "is not a Keras model"),
     "empty": (b"", "is not a Keras model"),
@@ -284,7 +302,12 @@ def test_samples_that_cannot_be_used(name, run, tmp_path):
 
 def test_labels_and_files_that_cannot_be_used(run, folder, tmp_path):
     x = np.zeros((9, 16), "float32")
-    for labels, message in ((np.zeros(8, int), "9 samples, 8 labels"), (np.zeros((9, 3)), "must be classes")):
+    wrong = [
+        (np.zeros(8, int), "9 samples, 8 labels"),
+        (np.zeros((9, 3)), "must be classes"),
+        (np.full(9, 4), "must be classes below 4"),
+    ]
+    for labels, message in wrong:
         np.savez(tmp_path / "bad.npz", x=x, y=labels)
         assert message in run("compare model.keras pruned.keras --data @bad.npz --runs 1")[2]
     (tmp_path / "cut.npz").write_bytes((folder / "x.npz").read_bytes()[:500])
@@ -360,11 +383,19 @@ def test_warnings_take_one_line(run, tmp_path):
         ("prune model.h5 --sparsity 0.9 -o out.keras", "must end in .keras"),
         ("prune model.keras --sparsity 0.9 --pattern block:4 -o out.keras", "must be like block:4,1"),
         ("prune model.keras --sparsity 0.9 --pattern unit:4,1 -o out.keras", "must be like block:4,1"),
+        ("prune model.keras --sparsity 0.9 --pattern block:0,1 -o out.keras", "must be like block:4,1"),
+        ("prune model.keras --sparsity 0.9 --pattern n_of_m:4,4 -o out.keras", "must keep fewer than all"),
+        ("prune model.keras --sparsity fc=0.9 --sparsity fc=0.5 -o out.keras", "'fc' is given twice"),
+        ("prune model.keras --sparsity fc=0.9 --layer out -o out.keras", "either --layer or --sparsity LAYER=SHARE"),
+        ("prune model.keras --sparsity 0.9 --target litert --pattern unit -o out.keras", "--target chooses the patterns"),
+        ("prune model.keras --sparsity 0.9 --criterion admm -o out.keras", "admm needs samples: --calibration"),
+        ("prune model.keras --sparsity 0.9 --renormalize lstsq -o out.keras", "lstsq needs samples: --calibration"),
         ("prune model.keras --sparsity 0.9 --pattern blok -o out.keras", "must be one of block,"),
         ("prune model.keras --sparsity 0.9 --criterion magnitud -o out.keras", "must be one of activation,"),
         ("prune model.keras --sparsity 0.9 --renormalize l3 -o out.keras", "must be one of auto,"),
         ("prune model.keras --sparsity 0.9 --batch-size 0 -o out.keras", "must be an integer of at least 1"),
         ("export model.keras -o out.tflite --quantize int4", "invalid choice: 'int4'"),
+        ("export model.keras -o out.tflite --representative-data x.npz", "goes with --quantize int8"),
         ("compare model.keras", "required: B"),
         ("compare a.keras b.keras --runs many", "must be an integer of at least 1"),
         ("report model.txt", "must end in .keras or .tflite"),
@@ -382,6 +413,9 @@ def test_names_are_those_of_the_library():
     assert set(cli.PATTERNS) == set(patterns.KNOWN)
     assert set(cli.ALLOCATIONS) == set(allocation.KNOWN)
     assert set(cli.RENORMALIZERS) == {*renorm.KNOWN, "auto", "none"}
+    samples = {name for name, kind in criteria.KNOWN.items() if issubclass(kind, criteria.CalibratedCriterion)}
+    samples |= {name for name, kind in renorm.KNOWN.items() if kind and issubclass(kind, renorm.CalibratedRenormalizer)}
+    assert set(cli.NEED_SAMPLES) == samples
     assert (cli.GROUPS, cli.TARGETS, (None, *cli.QUANTIZE)) == (masks.GROUPS, targets.TARGETS, tflite.QUANTIZE)
 
 

@@ -246,11 +246,11 @@ def test_keras_applications_end_to_end(name, tmp_path):
     x = np.random.default_rng(0).uniform(0, 255, (2, 96, 96, 3)).astype("float32")
     prunable = kr.to_prunable(model)
     np.testing.assert_allclose(prunable.predict_on_batch(x), model.predict_on_batch(x), atol=1e-6)
-    pruned = kr.prune(model, 0.8)
+    pruned = kr.prune(model, 0.8, allocation="uniform")
     for layer in pruned._flatten_layers():
         if layer is not pruned and not isinstance(layer, keras.Model):
             for kernel in find_kernels(layer):
-                assert np.count_nonzero(np.asarray(kernel.variable) == 0) == round(0.8 * kernel.size)
+                assert abs(np.count_nonzero(np.asarray(kernel.variable) == 0) - 0.8 * kernel.size) <= 1
     assert kr.summary(pruned).sparsity == pytest.approx(0.8, abs=1e-5)
     plain = kr.strip(kr.to_prunable(pruned, from_zeros=True))
     np.testing.assert_allclose(plain.predict_on_batch(x), pruned.predict_on_batch(x), atol=1e-5)

@@ -150,6 +150,11 @@ def _accuracy(outputs: list[np.ndarray], labels: np.ndarray, path: pathlib.Path)
         if answer.shape[-1] > 1:
             if classes.shape == answer.shape:
                 return float(np.mean(answer.argmax(axis=-1) == classes.argmax(axis=-1)))
+            if classes.size == answer[..., 0].size and not 0 <= classes.min() <= classes.max() < answer.shape[-1]:
+                raise ValueError(
+                    f"The labels `y` in '{path}' must be classes below {answer.shape[-1]}, the number of the model's outputs. "
+                    f"They reach from {classes.min()} to {classes.max()}."
+                )
             if classes.reshape(-1).shape == answer.shape[:-1] or classes.shape == answer.shape[:-1]:
                 return float(np.mean(answer.argmax(axis=-1) == classes.reshape(answer.shape[:-1])))
         elif classes.size == answer.size and set(np.unique(classes)) <= {0, 1}:
@@ -186,9 +191,11 @@ def _table(data: dict) -> str:
     cells.append(("latency", *(f"{1e3 * row['seconds']:.3f} ms" for row in rows), share("seconds")))
     spread = (f"{1e3 * row['seconds_low']:.3f} to {1e3 * row['seconds_high']:.3f}" for row in rows)
     cells.append(("  10% to 90%", *spread, ""))
+    runtimes = {".keras": "Keras (not what a phone would take)", ".tflite": f"LiteRT ({data['threads']} thread(s))"}
+    where = " and ".join(runtimes[suffix] for suffix in sorted({row["path"].suffix for row in rows}))
     lines = [
         format_table(("", *(str(row["path"]) for row in rows), ""), cells, right=(1, 2, 3)),
-        f"Latencies are medians of {data['runs']} inferences of one sample, in turns, {data['threads']} thread(s) in LiteRT.",
+        f"Latencies are medians of {data['runs']} inferences of one sample, in turns, in {where}.",
         f"Outputs differ by {data['difference']:.2g} at most and {data['mean_difference']:.2g} in the mean, where they reach "
         f"{data['output_range']:.2g}, on {data['samples']:,} {'random inputs' if data['random'] else 'samples'}.",
     ]

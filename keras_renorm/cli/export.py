@@ -10,6 +10,7 @@ from keras_renorm.export import export_tflite
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:
+    files.check_backend()
     files.import_modules(arguments.modules)
     model = files.load_model(arguments.model)
     report = export_tflite(

@@ -39,6 +39,16 @@ def import_modules(names: Sequence[str]) -> None:
             ) from error
 
 
+def check_backend() -> None:
+    """Raise `ValueError` where nothing can be exported, before the work begins."""
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ValueError(
+            f"Export to .tflite needs Keras on TensorFlow. Received: the {backend} backend. Run the command again with "
+            "KERAS_BACKEND=tensorflow: .keras files are the same on every backend."
+        )
+
+
 def load_model(path: pathlib.Path) -> keras.Model:
     """Load a `.keras` file, without running code from it and without its loss, metrics and optimizer.
 

@@ -7,15 +7,18 @@ import dataclasses
 import math
 
 from keras_renorm.cli import files
-from keras_renorm.export import Explanation, explain
+from keras_renorm.export import Explanation, explain, flatbuffer
 from keras_renorm.summary import summary
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:
     files.import_modules(arguments.modules)
     if arguments.file.suffix == ".tflite":
+        flatbuffer.read(arguments.file, "FILE")
         found = explain(arguments.file)
         return str(found), _explanation(found)
+    if arguments.explain:
+        files.check_backend()
     model = files.load_model(arguments.file)
     table = summary(model)
     size = arguments.file.stat().st_size

@@ -75,7 +75,7 @@ def benchmark(
         warmup: how many to do before.
 
     Returns:
-        A `Benchmark`: `rows`, `ratio`; print it for a table.
+        A `Benchmark` with `rows` and `ratio`; print it for a table.
 
     Raises:
         ValueError: if a count is not positive, or a file is not a `.tflite` model.

@@ -15,8 +15,12 @@ METADATA = "keras_renorm"
 
 
 def schema() -> Any:
-    from tensorflow.lite.python import schema_py_generated
-
+    try:
+        from tensorflow.lite.python import schema_py_generated
+    except ImportError as error:
+        raise ImportError(
+            "`.tflite` files are read with TensorFlow, which is not installed: `pip install tensorflow`."
+        ) from error
     return schema_py_generated
 
 
@@ -41,6 +45,7 @@ def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
     Raises:
         OSError: if the file cannot be read.
         ValueError: if it is not a whole `.tflite` model.
+        ImportError: if TensorFlow is missing.
     """
     data = path.read_bytes()
     if data[4:8] != b"TFL3":
@@ -49,6 +54,8 @@ def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
         )
     try:
         return data, parse(data)
+    except ImportError:
+        raise
     except Exception as error:
         raise ValueError(
             f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but cannot be read ({error!r}). "

@@ -112,7 +112,7 @@ def prune_iteratively(
         verbose: `"auto"`, 0, 1, or 2: the progress bar.
 
     Returns:
-        An `IterativePruning`: `model`, `history`, `sparsity`, and `plot()`.
+        An `IterativePruning` with `model`, `history`, `sparsity`, and `plot()`.
 
     Raises:
         ValueError: if an argument is not possible, the metric is not in the logs, the dense model does not hold the floor, or

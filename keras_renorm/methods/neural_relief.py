@@ -128,7 +128,7 @@ def neural_relief(
         verbose: `"auto"`, 0, 1, or 2: the progress bar.
 
     Returns:
-        A `NeuralRelief`: `model` (of plain Keras layers), `history`, `sparsity`, `compression`, and `plot()`.
+        A `NeuralRelief` with `model` (of plain Keras layers), `history`, `sparsity`, `compression`, and `plot()`.
 
     Raises:
         ValueError: if an argument is not possible, the metric is not in the logs, the trained model does not hold the floor, or
