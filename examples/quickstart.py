@@ -1,8 +1,8 @@
 """Prune, renormalize and ship two small networks, in a minute.
 
 Trains a dense and a convolutional network on handwritten digits, prunes them in one shot with and without
-renormalization, trains one with a schedule of tfmot and the callback, and exports it. Prints one table and writes a
-picture and the exported model into saved_models/.
+renormalization, and with images but no labels, trains one with a schedule of tfmot and the callback, and exports it.
+Prints one table and writes a picture and the exported model into saved_models/.
 
     python examples/quickstart.py
     python examples/quickstart.py --dataset mnist
@@ -11,10 +11,12 @@ picture and the exported model into saved_models/.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 import datasets
 import keras
@@ -95,11 +97,12 @@ def main():
     OUT.mkdir(exist_ok=True)
 
     print(f"{arguments.dataset}: {len(train[0])} images to train on, {len(test[0])} to test. One shot, no retraining:\n")
+    ways = WAYS | {"with images, no labels": dict(calibration=train[0][:1000], verbose=0)}
     curves = {}
     for make in (dense_network, convolutional_network):
         model = compile_and_fit(make(shape, classes), train, epochs)
         print(f"{model.name + ' network':24}" + "".join(f"{sparsity:8.0%}" for sparsity in SPARSITIES) + "  sparsity")
-        for way, how in WAYS.items():
+        for way, how in ways.items():
             curve = [accuracy(kr.prune(model, sparsity, **how), test) for sparsity in SPARSITIES]
             curves[model.name, way] = curve
             print(f"  {way:22}" + "".join(f"{value:8.3f}" for value in curve) + "  accuracy")
@@ -138,7 +141,9 @@ def picture(curves, prunable, path):
     figure = plt.figure(figsize=(12, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     for ax, name in zip(top.subplots(1, 2, sharey=True), dict.fromkeys(name for name, _ in curves)):
-        kr.plots.accuracy(SPARSITIES, {way: curves[name, way] for way in WAYS}, ylabel="test accuracy", ax=ax)
+        kr.plots.accuracy(
+            SPARSITIES, {way: curve for (of, way), curve in curves.items() if of == name}, ylabel="test accuracy", ax=ax
+        )
         ax.set_title(f"{name} network, one shot")
     bottom.suptitle(f"masks after training to {FINAL_SPARSITY:.0%} (black = kept; a row is an input, a column a unit)")
     layers = prunable.layers[1:]

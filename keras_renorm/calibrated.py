@@ -88,8 +88,9 @@ def prune_calibrated(
     if scarce:
         times = max(scarce.values())
         warnings.warn(
-            f"Argument `calibration` has few samples for layers {list(scarce)}, which have {times:.1f} times as many inputs as "
-            f"they saw rows: their fit leans on the old weights. {int(np.ceil(2 * times))} times as many samples would do.",
+            f"Argument `calibration` has few samples for layers {list(scarce)}: they saw one row (a sample, or a position in "
+            f"it) for every {times:.1f} of their inputs, so their fit leans on the old weights. "
+            f"{int(np.ceil(2 * times))} times as many samples would do.",
             stacklevel=3,
         )
     return reports

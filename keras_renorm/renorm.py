@@ -29,7 +29,7 @@ class Renormalizer(serialization.Configurable):
             input_axes: axes that run over the inputs of one unit.
 
         Returns:
-            Array that broadcasts against the kernel: its shape with `input_axes` of length one.
+            Array that broadcasts against the kernel, of its shape with `input_axes` of length one.
         """
         raise NotImplementedError
 
