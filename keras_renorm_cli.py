@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import textwrap
 import traceback
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PROGRAM = "keras-renorm"
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 # What the library knows, so that a wrong name is seen before it is imported.
 GROUPS = ("layer", "unit")
@@ -50,7 +51,7 @@ Samples come as NumPy writes them:
   np.savez("two.npz", left=a, right=b)
       for a model with several inputs: by their names
 
-Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 terminated.
 """
 
 PRUNE = """
@@ -114,11 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if contradiction := _contradiction(arguments):
         parser.error(contradiction)
     try:
-        with _quiet(arguments.debug):
+        with _terminable(), _quiet(arguments.debug):
             _check_files(arguments)
             text, data = importlib.import_module(f"keras_renorm.cli.{arguments.command}").run(arguments)
         print(json.dumps(_plain(data), indent=1) if arguments.json else text, flush=True)
         return 0
+    except _Terminated:
+        print(f"{PROGRAM}: terminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -140,12 +144,13 @@ def make_parser() -> argparse.ArgumentParser:
         description="Prune trained Keras models, give them their accuracy back,\nand ship them as small .tflite files.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     prune = _command(commands, "prune", "prune a trained model in one shot, without labels and without training", PRUNE)
-    prune.add_argument("model", type=_file(".keras"), metavar="MODEL.keras")
+    prune.add_argument("model", type=_model(".keras"), metavar="MODEL.keras")
     _add_output(prune, ".keras")
     prune.add_argument(
         "--sparsity",
@@ -199,13 +204,13 @@ def make_parser() -> argparse.ArgumentParser:
     prune.add_argument("--batch-size", type=_count, default=128, metavar="N", help="samples at once (default: %(default)s)")
 
     report = _command(commands, "report", "what is pruned in a file, layer by layer", REPORT)
-    report.add_argument("file", type=_file(".keras", ".tflite"), metavar="FILE", help="a .keras or a .tflite file")
+    report.add_argument("file", type=_model(".keras", ".tflite"), metavar="FILE", help="a .keras or a .tflite file")
     report.add_argument(
         "--explain", action="store_true", help="of a .keras file: export it to see what LiteRT makes of its zeros"
     )
 
     export = _command(commands, "export", "write a .tflite file that is smaller because it is sparse", EXPORT)
-    export.add_argument("model", type=_file(".keras"), metavar="MODEL.keras")
+    export.add_argument("model", type=_model(".keras"), metavar="MODEL.keras")
     _add_output(export, ".tflite")
     export.add_argument("--quantize", choices=QUANTIZE, help="float16, or int8 (default: float32)")
     export.add_argument(
@@ -223,7 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     compare = _command(commands, "compare", "two files side by side: accuracy or outputs, bytes, latency", COMPARE)
     for name in ("a", "b"):
-        compare.add_argument(name, type=_file(".keras", ".tflite"), metavar=name.upper(), help="a .keras or a .tflite file")
+        compare.add_argument(name, type=_model(".keras", ".tflite"), metavar=name.upper(), help="a .keras or a .tflite file")
     compare.add_argument("--data", type=_file(".npz", ".npy"), metavar="X.npz", help="samples `x`, and labels `y` if there are")
     compare.add_argument("--runs", type=_count, default=50, metavar="N", help="inferences to time (default: %(default)s)")
     compare.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default: %(default)s)")
@@ -241,6 +246,7 @@ def _command(commands: Any, name: str, purpose: str, examples: str) -> argparse.
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -270,6 +276,19 @@ def _file(*suffixes: str) -> Any:
         if not text.endswith(suffixes):
             raise argparse.ArgumentTypeError(f"must end in {' or '.join(suffixes)}, but is {text!r}")
         return pathlib.Path(text)
+
+    return path
+
+
+def _model(*suffixes: str) -> Any:
+    """A type of argument: the path of a model, with one of these endings."""
+
+    def path(text: str) -> pathlib.Path:
+        old = pathlib.Path(text)
+        if old.suffix in (".h5", ".hdf5"):
+            convert = f"keras.models.load_model({text!r}, compile=False).save({str(old.with_suffix('.keras'))!r})"
+            raise argparse.ArgumentTypeError(f"must end in {' or '.join(suffixes)}: convert it in Python with `{convert}`")
+        return _file(*suffixes)(text)
 
     return path
 
@@ -386,6 +405,24 @@ def _check_output(path: pathlib.Path, force: bool) -> None:
         raise FileExistsError(f"'{path}' is there already. Pass --force to write over it, or another -o.")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"'{path}' cannot be written: its folder is closed to you.")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM clean up as Ctrl-C does."""
+
+    def terminate(*_: Any) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -188,12 +188,13 @@ def never_pruned(model: keras.Model) -> str | None:
     return f"No pruning event ever ran: layers {names} have a schedule, but all their weights are still there. {remedy}"
 
 
-def choose_layers(model: keras.Model, layers: Any) -> dict[int, keras.Layer]:
+def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> dict[int, keras.Layer]:
     """The layers of a plain model that are to be pruned, by `id`.
 
     Args:
         model: a built model.
         layers: as in `to_prunable`.
+        argument: what they were passed as, for the error message.
 
     Raises:
         ValueError: if a name matches no layer, or nothing is left to prune.
@@ -203,7 +204,7 @@ def choose_layers(model: keras.Model, layers: Any) -> dict[int, keras.Layer]:
     for selector in selectors:
         if isinstance(selector, str) and not any(fnmatch.fnmatchcase(layer.name, selector) for layer in candidates):
             raise ValueError(
-                f"Argument `layers` names no layer of model '{model.name}'. Received: {selector!r}. Its layers are: "
+                f"Argument `{argument}` names no layer of model '{model.name}'. Received: {selector!r}. Its layers are: "
                 f"{[layer.name for layer in candidates]}."
             )
     chosen, refused = {}, []
@@ -221,7 +222,7 @@ def choose_layers(model: keras.Model, layers: Any) -> dict[int, keras.Layer]:
         reason = f"Left as they are: {'; '.join(refused)}." if refused else "None of its layers has a kernel."
         if layers is not None and not refused:
             reason = f"No layer was chosen. Its layers are: {[layer.name for layer in candidates]}."
-        raise ValueError(f"Model '{model.name}' has nothing to prune. Received: layers={layers!r}. {reason}")
+        raise ValueError(f"Model '{model.name}' has nothing to prune. Received: {argument}={layers!r}. {reason}")
     if refused:
         warnings.warn(f"Left as they are: {'; '.join(refused)}.", stacklevel=3)
     return chosen

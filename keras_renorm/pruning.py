@@ -123,7 +123,7 @@ def prune(
     allocation = allocations.get(allocation)
     if masked_layers(model):
         model = strip(model)
-    chosen = choose_layers(model, layers)
+    chosen = choose_layers(model, layers, "sparsity" if isinstance(sparsity, dict) else "layers")
     patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
     chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
     if layers is None:

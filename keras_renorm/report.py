@@ -49,13 +49,23 @@ class PruningReport:
     rows: tuple[LayerReport, ...]
 
     @property
+    def weights(self) -> int:
+        """How many weights the kernels have that were pruned."""
+        return sum(row.weights for row in self.rows if row.criterion != "-")
+
+    @property
+    def kept(self) -> int:
+        """How many of them are left."""
+        return sum(row.kept for row in self.rows if row.criterion != "-")
+
+    @property
     def sparsity(self) -> float:
         """Fraction of zeros over the kernels that were pruned."""
-        pruned = [row for row in self.rows if row.criterion != "-"]
-        return 1 - sum(row.kept for row in pruned) / sum(row.weights for row in pruned)
+        return 1 - self.kept / self.weights
 
     def __str__(self) -> str:
-        header = ("layer", "kernel", "weights", "kept", "sparsity", "criterion", "renormalize", "scale", "error", "after")
+        header = ("layer", "kernel", "weights", "kept", "sparsity", "criterion", "renormalize", "scale")
+        header += ("error before", "error after")
         cells = [
             (
                 row.layer,
@@ -70,7 +80,9 @@ class PruningReport:
             )
             for row in self.rows
         ]
-        return format_table(header, cells, right=(2, 3, 4, 8, 9))
+        total = ("total pruned", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.4f}")
+        cells.append(total + ("",) * (len(header) - len(total)))
+        return format_table(header, cells, right=(2, 3, 4, 8, 9), total=True)
 
     __repr__ = __str__
 

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,8 @@ import pytest
 import keras_renorm as kr
 import keras_renorm_cli as cli
 from keras_renorm import allocation, criteria, masks, patterns, renorm, targets
-from keras_renorm.export import tflite
+from keras_renorm.cli import report
+from keras_renorm.export import storage, tflite
 
 L = keras.layers
 on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="export needs TensorFlow")
@@ -65,6 +67,8 @@ def test_prune_without_samples(run, tmp_path):
     status, out, err = run("prune model.keras --sparsity 0.9 -o @out.keras")
     assert (status, err) == (0, "")
     assert "Magnitude" in out
+    assert "error before  error after" in out.splitlines()[0]
+    assert ["total", "pruned", "640", "64", "0.9000"] in [line.split() for line in out.splitlines()]
     assert f"written: {tmp_path / 'out.keras'}" in out
     pruned = keras.models.load_model(tmp_path / "out.keras")
     assert kr.summary(pruned).sparsity == pytest.approx(0.9, abs=0.01)
@@ -115,9 +119,12 @@ def test_export_and_report_of_the_file(run, tmp_path):
     assert status == 0
     assert told["sparsity"] == pytest.approx(0.75)
     assert told["metadata"]["sparsity"] == 0.75
-    assert "FULLY_CONNECTED" in run("report @p.tflite")[1]
+    out = run("report @p.tflite")[1]
+    assert "FULLY_CONNECTED" in out
+    assert out.endswith("With `keras-renorm prune`: `--pattern block:4,1`.\n")
     status, out, _ = run("report pruned.keras --explain")
     assert "as exported" in out
+    assert out.endswith("With `keras-renorm prune`: `--pattern block:4,1`.\n")
     assert "exported" in json.loads(run("report pruned.keras --explain --json")[1])
 
 
@@ -338,6 +345,13 @@ def test_folders_that_cannot_be_written(run, tmp_path, monkeypatch):
         assert "its folder is closed to you" in err
 
 
+@on_tensorflow
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="needs a folder where even root cannot write")
+def test_an_export_that_cannot_be_written(run):
+    status, _, err = run("export model.keras -o /proc/out.tflite")
+    assert (status, err) == (1, "keras-renorm: error: '/proc/out.tflite' cannot be written: No such file or directory.\n")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device"), MemoryError()])
 def test_what_ends_in_the_middle_leaves_nothing(error, run, tmp_path, monkeypatch):
     def save(self, path):
@@ -350,6 +364,25 @@ def test_what_ends_in_the_middle_leaves_nothing(error, run, tmp_path, monkeypatc
     assert (status, out, err.count("\n")) == (130 if isinstance(error, KeyboardInterrupt) else 1, "", 1)
     assert os.listdir(tmp_path) == ["old.keras"]
     assert (tmp_path / "old.keras").read_text() == "old"
+
+
+@on_tensorflow
+def test_a_terminated_export_leaves_nothing(run, tmp_path, monkeypatch):
+    def convert(model, path, *arguments):
+        path.write_bytes(b"half")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(tflite, "convert", convert)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("export pruned.keras -o @p.tflite") == (143, "", "keras-renorm: terminated\n")
+    assert os.listdir(tmp_path) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_sparsity_of_no_layer(run):
+    status, _, err = run("prune model.keras --sparsity nosuch=0.5 -o @out.keras")
+    assert status == 1
+    assert "Argument `sparsity` names no layer of model 'net'. Received: 'nosuch'" in err
 
 
 def test_debug_shows_where_it_went_wrong(run):
@@ -380,7 +413,15 @@ def test_warnings_take_one_line(run, tmp_path):
         ("prune model.keras --sparsity 0.9 --sparsity fc=0.5 -o out.keras", "one value for all layers, or LAYER=value"),
         ("prune model.keras --sparsity fc=0.9 --sparsity 0.5 -o out.keras", "one value for all layers, or LAYER=value"),
         ("prune model.keras --sparsity 0.9 -o out.tflite", "must end in .keras"),
-        ("prune model.h5 --sparsity 0.9 -o out.keras", "must end in .keras"),
+        ("prune model.keras --sparsity 0.9 -o out.h5", "must end in .keras, but is 'out.h5'"),
+        (
+            "prune model.h5 --sparsity 0.9 -o out.keras",
+            "must end in .keras: convert it in Python with `keras.models.load_model('model.h5', compile=False)"
+            ".save('model.keras')`",
+        ),
+        ("report model.h5", ".save('model.keras')`"),
+        ("prune model.keras --spars 0.9 -o out.keras", "required: --sparsity"),
+        ("report model.keras --expl", "unrecognized arguments: --expl"),
         ("prune model.keras --sparsity 0.9 --pattern block:4 -o out.keras", "must be like block:4,1"),
         ("prune model.keras --sparsity 0.9 --pattern unit:4,1 -o out.keras", "must be like block:4,1"),
         ("prune model.keras --sparsity 0.9 --pattern block:0,1 -o out.keras", "must be like block:4,1"),
@@ -416,6 +457,7 @@ def test_names_are_those_of_the_library():
     samples = {name for name, kind in criteria.KNOWN.items() if issubclass(kind, criteria.CalibratedCriterion)}
     samples |= {name for name, kind in renorm.KNOWN.items() if kind and issubclass(kind, renorm.CalibratedRenormalizer)}
     assert set(cli.NEED_SAMPLES) == samples
+    assert set(report._OPTIONS) == {*(f"Block(({block}, 1))" for block in storage.BLOCKS.values()), "pattern='unit'"}
     assert (cli.GROUPS, cli.TARGETS, (None, *cli.QUANTIZE)) == (masks.GROUPS, targets.TARGETS, tflite.QUANTIZE)
 
 

@@ -222,7 +222,7 @@ def test_wrong_sparsity(sparsity):
 
 
 def test_a_dict_with_a_wrong_name():
-    with pytest.raises(ValueError, match="names no layer.*'d'"):
+    with pytest.raises(ValueError, match="`sparsity` names no layer.*'d'"):
         kr.prune(mlp(), {"a": 0.5, "d": 0.5})
 
 

@@ -10,13 +10,20 @@ from keras_renorm.cli import files
 from keras_renorm.export import Explanation, explain, flatbuffer
 from keras_renorm.summary import summary
 
+# What an explanation advises in Python, and the options of `prune` that say it.
+_OPTIONS = {
+    "Block((4, 1))": "--pattern block:4,1",
+    "Block((16, 1))": "--pattern block:16,1",
+    "pattern='unit'": "--pattern unit --compact",
+}
+
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:
     files.import_modules(arguments.modules)
     if arguments.file.suffix == ".tflite":
         flatbuffer.read(arguments.file, "FILE")
         found = explain(arguments.file)
-        return str(found), _explanation(found)
+        return _text(found), _explanation(found)
     if arguments.explain:
         files.check_backend()
     model = files.load_model(arguments.file)
@@ -34,8 +41,14 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
     text = f"{arguments.file}: {size:,} bytes\n{table}"
     if arguments.explain:
         found = explain(model)
-        text, data = f"{text}\n\n{found}", data | {"exported": _explanation(found)}
+        text, data = f"{text}\n\n{_text(found)}", data | {"exported": _explanation(found)}
     return text, data
+
+
+def _text(found: Explanation) -> str:
+    advice = " ".join(row.remedy for row in found.rows)
+    options = [f"`{option}`" for python, option in _OPTIONS.items() if python in advice]
+    return "\n".join([str(found), *([f"With `keras-renorm prune`: {', '.join(options)}."] if options else [])])
 
 
 def _explanation(found: Explanation) -> dict:
