@@ -17,13 +17,16 @@ def update_masks(
     model: keras.Model,
     sparsities: Mapping[int, float | Sequence[float]],
     scores: Mapping[int, np.ndarray] | None = None,
-) -> None:
+) -> bool:
     """Prune layers and renormalize what is left, from the outputs to the inputs: what nothing reads any more goes first.
 
     Args:
         model: a built model with prunable layers.
         sparsities: by the `id` of a layer, the sparsity of its kernels, or one for each of them.
         scores: of the weights, by the `id` of a kernel's variable, shaped like it; `None` to ask the layers' criteria.
+
+    Returns:
+        Whether any mask or scale changed.
 
     Raises:
         ValueError: if a kernel holds NaN or infinity; no layer is changed then.
@@ -44,8 +47,7 @@ def update_masks(
         if id(layer) not in updates:
             updates[id(layer)] = layer.compute_masks(sparsities[id(layer)], scores=scores)
     # Only now is anything changed.
-    for layer in layers:
-        layer.assign_masks(updates[id(layer)])
+    return any([layer.assign_masks(updates[id(layer)]) for layer in layers])
 
 
 def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:

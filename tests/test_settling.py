@@ -41,7 +41,10 @@ class Watch(keras.callbacks.Callback):
         self.settled.append(bool(keras.ops.convert_to_numpy(kernel.settled)))
 
 
-def trained(optimizer, epochs=2, callbacks=(), **pruning):
+ONE_EVENT = kr.schedules.ConstantSparsity(0.5, begin_step=4, end_step=4)
+
+
+def trained(optimizer, epochs=2, callbacks=(), schedule=ONE_EVENT, **pruning):
     keras.utils.set_random_seed(3)
     layers = [kr.layers.PrunableDense(8, "tanh", **pruning), kr.layers.PrunableDense(2, **pruning)]
     model = keras.Sequential([keras.Input((6,)), *layers])
@@ -49,7 +52,6 @@ def trained(optimizer, epochs=2, callbacks=(), **pruning):
     generator = np.random.default_rng(0)
     x = generator.standard_normal((120, 6)).astype("float32")
     y = np.stack([x[:, 0] * x[:, 1], x[:, 2]], 1)
-    schedule = kr.schedules.ConstantSparsity(0.5, begin_step=4, end_step=4)
     pruning = kr.callbacks.UpdatePruning(schedule)
     model.fit(x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=[pruning, *callbacks])
     return model
@@ -79,6 +81,20 @@ def test_optimizers_that_would_move_zeros_do_not_settle(name):
     watch = Watch()
     trained(NOT_SETTLING[name](), callbacks=[watch])
     assert not any(watch.settled)
+
+
+@needs_settling
+def test_events_that_change_nothing_do_not_unsettle():
+    watch, every_step = Watch(), kr.schedules.ConstantSparsity(0.5, begin_step=4, frequency=1)
+    trained("adam", epochs=1, callbacks=[watch], schedule=every_step)
+    assert watch.settled == [False] * 13 + [True] * 17
+
+
+@needs_settling
+def test_events_that_change_masks_do():
+    watch, twice = Watch(), kr.schedules.PolynomialDecay(0.3, 0.6, begin_step=4, end_step=20, frequency=16)
+    trained("adam", epochs=1, callbacks=[watch], schedule=twice)
+    assert watch.settled == [False] * 13 + [True] * 6 + [False] * 10 + [True]
 
 
 @needs_settling

@@ -9,7 +9,7 @@ from keras_renorm.layers.masked import NEVER, MaskedLayer, masked_layers, sparsi
 from keras_renorm.masking import update_masks
 from keras_renorm.settling import settle, unsettle
 
-# Batches without an event: settling costs what it saves in as many. Steps that are often pruned are not worth it.
+# Batches without a change of masks: settling costs what it saves in as many. Steps that are often pruned are not worth it.
 _SETTLE_AFTER = 10
 
 
@@ -72,12 +72,12 @@ class UpdatePruning(keras.callbacks.Callback):
                 self._advance(1)
         # Settle again: at the end of an epoch anything may have happened to the kernels.
         unsettle(self._model)
-        self._since_event = 0
+        self._since_change = 0
         self._last_batch = -1
 
     def on_train_batch_end(self, batch, logs=None):
-        self._since_event = 0 if self._advance(self._batches_until(batch)) else self._since_event + 1
-        if self._since_event == _SETTLE_AFTER:
+        self._since_change = 0 if self._advance(self._batches_until(batch)) else self._since_change + 1
+        if self._since_change == _SETTLE_AFTER:
             settle(self._model)
         self._last_batch = batch
         self._log(logs)
@@ -150,7 +150,10 @@ class UpdatePruning(keras.callbacks.Callback):
         return int(keras.ops.convert_to_numpy(optimizer.iterations)) * every
 
     def _advance(self, batches: int) -> bool:
-        """Count trained batches and run the events that fall due, of several for one layer the last. Answers if any did."""
+        """Count trained batches and run the events that fall due, of several for one layer the last.
+
+        Answers whether any mask or scale changed.
+        """
         due: dict[int, float] = {}
         answers = {}
         for step in range(self._trained + 1, self._trained + 1 + batches):
@@ -162,15 +165,11 @@ class UpdatePruning(keras.callbacks.Callback):
                 if should_prune:
                     due[id(layer)] = sparsity
         self._trained += batches
-        if due:
-            self._prune(due)
+        changed = update_masks(self.model, due) if due else False
+        if changed:
+            self._measure()
         self._count_steps(write=bool(due))
-        return bool(due)
-
-    def _prune(self, due: dict[int, float]) -> None:
-        """One event for the layers whose `id` is given, each with its sparsity."""
-        update_masks(self.model, due)
-        self._measure()
+        return changed
 
     def _bring_up_to_date(self) -> None:
         """On JAX, variables hold their values of the last epoch until a callback asks for the model."""

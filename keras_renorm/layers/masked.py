@@ -211,12 +211,18 @@ class MaskedLayer:
             for kernel, one in zip(self.masked_kernels, sparsities, strict=True)
         ]
 
-    def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Set mask and scale of every kernel."""
+    def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+        """Set mask and scale of every kernel. Answers whether any was another before."""
+        changed = False
         for kernel, (mask, scale) in zip(self.masked_kernels, masks_and_scales):
+            scale = np.reshape(scale, kernel.scale.shape)
+            if np.array_equal(mask, as_array(kernel.mask)) and np.array_equal(scale, as_array(kernel.scale)):
+                continue
             kernel.set_settled(False)
             kernel.mask.assign(mask)
-            kernel.scale.assign(np.reshape(scale, kernel.scale.shape))
+            kernel.scale.assign(scale)
+            changed = True
+        return changed
 
     def _compute_mask(
         self, masked: MaskedKernel, sparsity: float, read: np.ndarray | None, scores: np.ndarray | None
