@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pathlib
 import re
 import warnings
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -35,11 +38,24 @@ def convert(
     if one_sample:
         settings["input_signature"] = _batch_of_one(model)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             model.export(str(path), format="litert", verbose=False, **settings)
     except Exception as error:
         raise RuntimeError(f"TensorFlow could not convert model '{model.name}': {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what TensorFlow says while it writes to temporary folders, which nobody can use."""
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reason(error: Exception) -> str:
