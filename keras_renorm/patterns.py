@@ -4,7 +4,7 @@ A pattern groups the weights of a kernel into cells, each with one score; a mask
 with the inputs first and the units last: shape `(..., inputs, units)`, where the axis before the last is the one that
 TFLite stores innermost (the input channels of a convolution).
 
-A new pattern is one class here and one row of `KNOWN`.
+A new pattern is one class in this module and one row of its `KNOWN`.
 """
 
 from __future__ import annotations

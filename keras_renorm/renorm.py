@@ -2,7 +2,7 @@
 
 A renormalizer is called as `renormalizer(before, after, input_axes)` with two kernels, the one that the layer computed with
 until now and what is left of it, and returns one scale a unit. One that needs samples is called as
-`renormalizer(matrix, mask, moments)` and returns new weights. A new one is one class here and one row of `KNOWN`.
+`renormalizer(matrix, mask, moments)` and returns new weights. A new one is one class in this module and one row of its `KNOWN`.
 """
 
 from __future__ import annotations
