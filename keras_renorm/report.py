@@ -39,7 +39,7 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
-        return 1 - self.kept / self.weights
+        return 1 - self.kept / self.weights if self.weights else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

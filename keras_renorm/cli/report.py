@@ -21,6 +21,7 @@ _OPTIONS = {
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:
     files.import_modules(arguments.modules)
     if arguments.file.suffix == ".tflite":
+        # So that an error names the file as the help does.
         flatbuffer.read(arguments.file, "FILE")
         found = explain(arguments.file)
         return _text(found), _explanation(found)
