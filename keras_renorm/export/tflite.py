@@ -156,7 +156,7 @@ def _folder_beside(path: pathlib.Path) -> tempfile.TemporaryDirectory:
     try:
         return tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise OSError(f"'{path}' cannot be written: {error.strerror}. Choose a folder that you may write to.") from error
+        raise OSError(f"'{path}' cannot be written: {error.strerror}.") from error
 
 
 def _convert_to_run(
