@@ -50,7 +50,7 @@ class PrunableDense(PlainSubclass, MaskedLayer, keras.layers.Dense):
             return self._call_masked(self, super().call, inputs, training=training)
         # One row a sample: kernels are larger than what they give, so the pass over the kernel that scales it is saved.
         kernel = self._masked_kernel()
-        outputs = ops.matmul(inputs, kernel.masked(training))
+        outputs = kernel.product(inputs, training)
         outputs = ops.multiply(outputs, ops.cast(kernel.scale, outputs.dtype))
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)

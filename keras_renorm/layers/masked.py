@@ -31,23 +31,21 @@ class MaskedKernel(Kernel):
     scale: keras.Variable
     settled: keras.Variable | None = None
 
-    def masked(self, training: bool = False) -> Any:
+    def masked(self) -> Any:
         """The kernel, zero where the mask is, without a gradient for what is masked."""
-        kernel, mask = _tensor(self.variable), _tensor(self.mask)
-        zero = ops.zeros((), kernel.dtype)
+        kernel = _tensor(self.variable)
         # `where`, not a product: a masked value may have become infinite and still must not count.
-        if self.settled is None or not training:
-            return ops.where(mask, kernel, zero)
-        settled = _tensor(self.settled)
+        return ops.where(_tensor(self.mask), kernel, ops.zeros((), kernel.dtype))
 
-        @ops.custom_gradient
-        def mask_kernel(kernel, mask, settled):
-            def backward(*args, upstream=None):
-                return ops.where(mask, args[0] if upstream is None else upstream, zero), None, None
+    def product(self, inputs: Any, training: bool | None) -> Any:
+        """`inputs @ masked()`, for one row a sample."""
+        is_sparse = hasattr(inputs, "dense_shape")
+        if self.settled is None or not training or is_sparse:
+            return ops.matmul(inputs, self.masked())
+        from keras_renorm.layers.product import masked_product
 
-            return ops.cond(settled, lambda: kernel, lambda: ops.where(mask, kernel, zero)), backward
-
-        return mask_kernel(kernel, mask, settled)
+        kernel = _tensor(self.variable)
+        return masked_product(ops.cast(inputs, kernel.dtype), kernel, _tensor(self.mask), _tensor(self.settled))
 
     def effective(self) -> Any:
         """What the layer computes with: the masked kernel times the scale."""
@@ -115,7 +113,7 @@ class MaskedLayer:
 
         Args:
             layer: where the kernels are.
-            settles: whether `call` asks for them by `masked(training)`, so that they can be settled.
+            settles: whether `call` uses them by `product`, so that they can be settled.
         """
         kernels = find_kernels(layer)
         if not kernels:
