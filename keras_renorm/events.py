@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from keras_renorm import masks, patterns, validation
+from keras_renorm import masks, patterns, renorm, validation
 from keras_renorm.arrays import masked
-from keras_renorm.criteria.base import score
+from keras_renorm.criteria.base import Criterion, score
+from keras_renorm.streaming import StreamedScores
 
 
 def prune_kernel(
@@ -52,45 +54,66 @@ def prune_kernel(
     pruned_before = mask is not None and not mask.all()
     if pruned_before and not regrow and masks.removes_enough(mask, sparsity, pattern, group, input_axes):
         return mask, scale
-    kernel, current = current_kernel(kernel, mask, scale, description)
-    scores = score(criterion, kernel * scale if regrow else current)
-    new_mask = masks.compute_mask(
-        scores, sparsity, pattern, group, input_axes, mask=mask if pruned_before and not regrow else None, read=read
-    )
-    return new_mask, new_scale(kernel, current, new_mask, scale, renormalize, input_axes)
+    kernel, mask = in_float(kernel), mask if pruned_before else None
+    units_last = input_axes == tuple(range(kernel.ndim - 1))
+    if not regrow and _is_elementwise(criterion) and type(pattern) is patterns.Unstructured and group == "layer" and units_last:
+        scores = StreamedScores(kernel, mask, scale, functools.partial(score, criterion), description)
+        left = None if mask is None else mask.reshape(scores.shape)
+        new_mask = masks.best_cells(scores, validation.check_sparsity(sparsity), left, read).reshape(kernel.shape)
+    else:
+        current = effective(kernel, mask, scale, description)
+        scores = score(criterion, kernel * scale if regrow else current)
+        new_mask = masks.compute_mask(scores, sparsity, pattern, group, input_axes, None if regrow else mask, read)
+    return new_mask, new_scale(kernel, mask, new_mask, scale, renormalize, input_axes)
 
 
-def current_kernel(
-    kernel: np.ndarray, mask: np.ndarray | None, scale: Any, description: str = "The kernel"
-) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel in a precision to compute with, and what a layer computes with: masked and scaled.
+def in_float(kernel: np.ndarray) -> np.ndarray:
+    """The kernel in a precision to compute with: norms of half-precision kernels overflow, underflow and stall."""
+    return kernel if kernel.dtype in (np.float32, np.float64) else kernel.astype(np.float32)
+
+
+def effective(kernel: np.ndarray, mask: np.ndarray | None, scale: Any, description: str = "The kernel") -> np.ndarray:
+    """What a layer computes with: the kernel masked and scaled.
 
     Raises:
         ValueError: if a kept weight is NaN or infinite.
     """
-    if kernel.dtype not in (np.float32, np.float64):
-        # Norms of half-precision kernels overflow, underflow and stall.
-        kernel = kernel.astype(np.float32)
     current = kernel if mask is None or mask.all() else masked(kernel, mask)
     validation.check_finite(current, description)
     if not np.all(np.equal(scale, 1)):
         # New arrays cost more than the arithmetic.
         current = np.multiply(current, scale, out=None if current is kernel else current)
-    return kernel, current
+    return current
 
 
 def new_scale(
     kernel: np.ndarray,
-    current: np.ndarray,
+    mask: np.ndarray | None,
     new_mask: np.ndarray,
     scale: Any,
     renormalize: Callable | None,
     input_axes: tuple[int, ...],
 ) -> Any:
-    """The scales that go with a new mask, for a kernel as `current_kernel` gives it."""
+    """The scales that go with a new mask.
+
+    Args:
+        kernel: array, as `in_float` gives it, finite where one of the masks is set.
+        mask: the mask until now; `None` for none.
+        new_mask: the one from now on.
+        scale: the scales until now, broadcasting against the kernel.
+        renormalize: callable `(before, after, input_axes) -> scales`, or `None`.
+        input_axes: axes that run over the inputs of one unit.
+    """
     if renormalize is None:
         return scale
-    return _check_scale(renormalize(current, masked(kernel, new_mask), input_axes), renormalize, kernel, input_axes)
+    if type(renormalize) in renorm.KEEP_NORM:
+        return renormalize.of_masks(kernel, mask, new_mask, scale, input_axes)
+    before, after = effective(kernel, mask, scale), masked(kernel, new_mask)
+    return _check_scale(renormalize(before, after, input_axes), renormalize, kernel, input_axes)
+
+
+def _is_elementwise(criterion: Callable) -> bool:
+    return isinstance(criterion, Criterion) and criterion.elementwise
 
 
 def _check_scale(scale: Any, renormalize: Callable, kernel: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
+from keras_renorm import arrays
 from keras_renorm.arrays import as_array
-from keras_renorm.events import current_kernel, new_scale
+from keras_renorm.events import in_float, new_scale
 from keras_renorm.graph import walk_back
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
+from keras_renorm.validation import check_finite
 
 
 def update_masks(
@@ -66,8 +68,9 @@ def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
             kernel, mask, scale = (as_array(v) for v in (masked.variable, masked.mask, masked.scale))
             new_mask = mask & masks.get(id(masked.variable), mask)
             if not np.array_equal(new_mask, mask):
-                kernel, current = current_kernel(kernel, mask, scale, f"Kernel '{masked.variable.path}'")
-                scale = new_scale(kernel, current, new_mask, scale, layer.renormalize, masked.input_axes)
+                kernel = in_float(kernel)
+                check_finite(arrays.masked(kernel, mask), f"Kernel '{masked.variable.path}'")
+                scale = new_scale(kernel, mask, new_mask, scale, layer.renormalize, masked.input_axes)
             updates.setdefault(id(layer), []).append((new_mask, scale))
     # Only now is anything changed.
     for layer in masked_layers(model):

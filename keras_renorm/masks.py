@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from keras_renorm import arrays, patterns, validation
+from keras_renorm.streaming import StreamedScores, row_blocks
 
 GROUPS = ("layer", "unit")
 
@@ -64,20 +65,39 @@ def compute_mask(
     cells = pattern.cells(ordered(scores))
     if np.isnan(cells.max()):
         raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
-    gone = None if mask is None else ~pattern.any(ordered(mask))
-    idle = None if read is None or read.all() else ~pattern.any(np.reshape(read, (1,) * (len(shape) - 1) + (-1,)))
+    left = None if mask is None else pattern.any(ordered(mask))
     if group == "unit":
-        lowest = _lowest_of_columns(cells, round(sparsity * len(cells)), gone)
+        kept = _best_of_columns(cells, round(sparsity * len(cells)), left)
     else:
-        count = round(sparsity * cells.size)
-        lowest = _lowest(cells, count, gone, idle)
-        if (spared := _last_of_units(cells, lowest, gone, idle)) is not None:
-            cells = cells.copy()
-            cells[spared] = np.inf
-            lowest = _lowest(cells, count, gone, idle)
-    new_mask = pattern.expand(~lowest, shape)
+        read = None if read is None else pattern.any(np.reshape(read, (1,) * (len(shape) - 1) + (-1,)))[0]
+        kept = best_cells(cells, sparsity, left, read)
+    new_mask = pattern.expand(kept, shape)
     new_mask = np.ascontiguousarray(new_mask.reshape(moved).transpose(np.argsort(axes)))
     return new_mask if mask is None else new_mask & mask
+
+
+def best_cells(
+    cells: np.ndarray | StreamedScores, sparsity: float, left: np.ndarray | None = None, read: np.ndarray | None = None
+) -> np.ndarray:
+    """Which cells stay if all compete with each other, as `compute_mask` has it.
+
+    Args:
+        cells: their scores, a matrix with units last; `inf` for cells that always stay.
+        sparsity: fraction of the cells to remove, in [0, 1).
+        left: which were left before, bool; `None` for all.
+        read: bool for each column, whether anything reads it; `None` if all are read.
+
+    Returns:
+        New array of bool, shaped like `cells`.
+    """
+    count = round(sparsity * cells.size)
+    idle = None if read is None or read.all() else ~read
+    kept = _without_lowest(cells, count, left, idle)
+    if (spared := _last_of_units(cells, kept, left, idle)) is not None:
+        cells = np.array(cells[:])
+        cells[spared] = np.inf
+        kept = _without_lowest(cells, count, left, idle)
+    return kept
 
 
 def removes_enough(
@@ -89,10 +109,10 @@ def removes_enough(
 ) -> bool:
     """Whether a mask removes all that `compute_mask` would remove at a sparsity."""
     axes, shape = _inputs_then_units(mask.shape, input_axes)
-    gone = ~pattern.any(mask.transpose(axes).reshape(shape))
+    left = pattern.any(mask.transpose(axes).reshape(shape))
     if group == "unit":
-        return bool(np.count_nonzero(gone, axis=0).min() >= round(sparsity * len(gone)))
-    return np.count_nonzero(gone) >= round(sparsity * gone.size)
+        return bool(len(left) - np.count_nonzero(left, axis=0).max() >= round(sparsity * len(left)))
+    return left.size - np.count_nonzero(left) >= round(sparsity * left.size)
 
 
 def _inputs_then_units(shape, input_axes):
@@ -105,81 +125,92 @@ def _inputs_then_units(shape, input_axes):
     return inputs + units, (*input_shape, number_of_units)
 
 
-def _last_of_units(cells: np.ndarray, lowest: np.ndarray, gone: np.ndarray | None, idle: np.ndarray | None) -> tuple | None:
+def _last_of_units(
+    cells: np.ndarray | StreamedScores, kept: np.ndarray, left: np.ndarray | None, idle: np.ndarray | None
+) -> tuple | None:
     """Where the best cell of every column is that has one to keep, if a column would lose all and there are enough."""
-    lost = lowest.all(axis=0) if gone is None else lowest.all(axis=0) & ~gone.all(axis=0)
+    lost = ~kept.any(axis=0) if left is None else ~kept.any(axis=0) & left.any(axis=0)
     if not lost.any():
         return None
-    left = cells if gone is None else np.where(gone, -np.inf, cells)
-    worth = left.max(axis=0) > cells.min()
-    columns = np.flatnonzero(worth if idle is None else worth & ~idle[0])
-    if not lost[columns].any() or len(columns) > np.count_nonzero(~lowest):
+    cells = cells[:] if left is None else np.where(left, cells[:], 0)
+    remaining = cells if left is None else np.where(left, cells, -np.inf)
+    worth = remaining.max(axis=0) > cells.min()
+    columns = np.flatnonzero(worth if idle is None else worth & ~idle)
+    if not lost[columns].any() or len(columns) > np.count_nonzero(kept):
         return None
-    return left[:, columns].argmax(axis=0), columns
+    return remaining[:, columns].argmax(axis=0), columns
 
 
-def _lowest(cells: np.ndarray, count: int, gone: np.ndarray | None, idle: np.ndarray | None) -> np.ndarray:
-    """Mark `count` cells: first those that are gone, then those of idle columns, then the lowest, of equal ones the last.
+def _without_lowest(
+    cells: np.ndarray | StreamedScores, count: int, left: np.ndarray | None, idle: np.ndarray | None
+) -> np.ndarray:
+    """Mark all but `count` cells: first go those gone before, then those of idle columns, then the lowest.
 
-    Cells of `inf` are never marked, unless they are gone.
+    Of equal ones the last goes. Cells of `inf` stay, unless they were gone before.
     """
-    removed = np.zeros(cells.shape, bool) if gone is None else gone
-    count -= np.count_nonzero(removed)
+    if left is not None:
+        count -= left.size - np.count_nonzero(left)
+    if idle is not None and left is not None:
+        idle = idle & left.any(axis=0)
+    if idle is not None and idle.any() and count > 0:
+        waiting = (cells[:] < np.inf) & idle
+        waiting = waiting if left is None else waiting & left
+        others = ~waiting if left is None else left & ~waiting
+        number = np.count_nonzero(waiting)
+        if number > count:
+            return others | _without_lowest_of(cells, count, waiting)
+        left, count = others, count - number
+    return _without_lowest_of(cells, count, left)
+
+
+def _without_lowest_of(cells: np.ndarray | StreamedScores, count: int, left: np.ndarray | None) -> np.ndarray:
+    """Mark the cells in `left` (`None`: all) but for the `count` lowest of them, of equal ones the last; `inf` always stays."""
     if count <= 0:
-        return removed
-    if idle is not None and (waiting := ~removed & idle).any():
-        waiting &= cells < np.inf
-        if np.count_nonzero(waiting) > count:
-            return removed | _lowest_among(cells, count, waiting)
-        removed = removed | waiting
-        count -= np.count_nonzero(waiting)
-    elif gone is None:
-        return _lowest_among(cells, count, None)
-    lowest = _lowest_among(cells, count, ~removed)
-    lowest |= removed
-    return lowest
-
-
-def _lowest_among(cells: np.ndarray, count: int, among: np.ndarray | None) -> np.ndarray:
-    """Mark the `count` lowest cells of those in `among` (`None`: of all), of equal ones the last; cells of `inf` never."""
-    if count == 0:
-        return np.zeros(cells.shape, bool)
-    values, among = cells.reshape(-1), None if among is None else among.reshape(-1)
-    low, high = _bracket(values, count, among)
-    lowest = values < low
-    between = lowest ^ (values <= high)
-    if among is not None:
-        lowest &= among
-        between &= among
-    below, near = np.count_nonzero(lowest), np.flatnonzero(between)
-    if not below < count <= below + len(near):
-        lowest[:], below = False, 0
-        near = np.arange(values.size) if among is None else np.flatnonzero(among)
-    ends = values[near]
-    threshold = np.partition(ends, count - below - 1)[count - below - 1]
-    lowest[near[ends < threshold]] = True
+        return np.ones(cells.shape, bool) if left is None else left.copy()
+    count_left = cells.size if left is None else np.count_nonzero(left)
+    low, high = _bracket(cells, count / count_left, left)
+    kept = np.empty(cells.shape, bool)
+    places, scores = [], []
+    for rows in row_blocks(*cells.shape):
+        values, block = cells[rows], kept[rows]
+        np.greater_equal(values, low, out=block)
+        if left is not None:
+            block &= left[rows]
+        near = np.flatnonzero((values <= high) & block)
+        scores.append(values.reshape(-1)[near])
+        places.append(near + rows.start * cells.shape[1])
+    places, scores = np.concatenate(places), np.concatenate(scores)
+    near_count = count - (count_left - np.count_nonzero(kept))
+    if not 0 < near_count <= len(places):
+        kept = np.ones(cells.shape, bool) if left is None else left.copy()
+        places, near_count = np.flatnonzero(kept), count
+        scores = cells.take(places)
+    threshold = np.partition(scores, near_count - 1)[near_count - 1]
+    lower = scores < threshold
+    kept.reshape(-1)[places[lower]] = False
     if threshold < np.inf:
-        tied = near[ends == threshold]
-        lowest[tied[len(tied) - (count - np.count_nonzero(lowest)) :]] = True
-    return lowest.reshape(cells.shape)
+        tied = places[scores == threshold]
+        kept.reshape(-1)[tied[len(tied) - (near_count - np.count_nonzero(lower)) :]] = False
+    return kept
 
 
-def _bracket(values: np.ndarray, count: int, among: np.ndarray | None) -> tuple[float, float]:
-    """Two values that the `count`-th lowest most likely lies between."""
-    if values.size < 500_000:
+def _bracket(cells: np.ndarray | StreamedScores, share: float, left: np.ndarray | None) -> tuple[float, float]:
+    """Two values between which most likely lies the one that a share of the cells in `left` is below."""
+    if cells.size < 500_000:
         return -np.inf, np.inf
-    places = np.random.default_rng(0).integers(values.size, size=min(50_000, values.size // 50))
-    if among is not None:
-        places = places[among[places]]
-    return arrays.bracket(values[places], count / (values.size if among is None else np.count_nonzero(among)))
+    places = np.random.default_rng(0).integers(cells.size, size=min(25_000, cells.size // 50))
+    return arrays.bracket(cells.take(places if left is None else places[left.take(places)]), share)
 
 
-def _lowest_of_columns(cells: np.ndarray, count: int, gone: np.ndarray | None) -> np.ndarray:
-    """Mark `count` cells of each column, those that are gone first, else the lowest, of equal ones the last; `inf` never."""
+def _best_of_columns(cells: np.ndarray, count: int, left: np.ndarray | None) -> np.ndarray:
+    """Mark all but `count` cells of each column: first go those gone before, then the lowest, of equal ones the last.
+
+    Cells of `inf` stay.
+    """
     if count == 0:
-        return np.zeros(cells.shape, bool)
-    if gone is not None:
-        cells = np.where(gone, -np.inf, cells)
+        return np.ones(cells.shape, bool)
+    if left is not None:
+        cells = np.where(left, cells, -np.inf)
     threshold = np.partition(cells, count - 1, axis=0)[count - 1]
     lowest, tied = cells < threshold, cells == threshold
     missing = count - np.count_nonzero(lowest, axis=0)
@@ -188,4 +219,4 @@ def _lowest_of_columns(cells: np.ndarray, count: int, gone: np.ndarray | None) -
     else:
         for column in range(cells.shape[1]):
             lowest[np.flatnonzero(tied[:, column])[-missing[column] :], column] = True
-    return lowest & (cells < np.inf)
+    return ~lowest | (cells == np.inf)

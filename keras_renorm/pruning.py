@@ -18,7 +18,7 @@ from keras_renorm.channels import Ties, find_ties
 from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, strip
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
-from keras_renorm.events import current_kernel, new_scale, prune_kernel
+from keras_renorm.events import in_float, new_scale, prune_kernel
 from keras_renorm.graph import walk_back
 from keras_renorm.layers.kernels import Kernel, find_kernels, name_within
 from keras_renorm.layers.masked import masked_layers
@@ -273,22 +273,18 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     renormalize = rule.renormalize
     if isinstance(renormalize, CalibratedRenormalizer):
         renormalize = renorm.get("auto", rule.group)
-    values = as_array(variable)
-    if values.dtype not in (np.float32, np.float64):
-        values = values.astype(np.float32)
+    values = in_float(as_array(variable))
     if target.keep is not None:
-        kernel, current = current_kernel(values, None, 1.0)
         mask = target.keep
-        scale = new_scale(kernel, current, mask, 1.0, renormalize, axes)
+        scale = new_scale(values, None, mask, 1.0, renormalize, axes)
     elif target.sparsity is None:
         if seen is None:
             raise ValueError(
                 f"Criterion {criterion!r} cannot choose how many weights stay. {_name(target.kernel, target.layer)}: samples "
                 "do not show what its inputs carry. Leave the layer out with `layers=`. Nothing was changed."
             )
-        kernel, current = current_kernel(values, None, 1.0)
         mask = seen.to_kernel(criterion.select(seen.matrix, seen.statistics, None))
-        scale = new_scale(kernel, current, mask, 1.0, renormalize, axes)
+        scale = new_scale(values, None, mask, 1.0, renormalize, axes)
     else:
         if seen is not None:
             scores = seen.to_kernel(criterion(seen.matrix, seen.statistics))

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from keras_renorm import least_squares, serialization, validation
+from keras_renorm.arrays import masked
 from keras_renorm.moments import Moments
+from keras_renorm.streaming import row_blocks
 
 GRANULARITIES = ("unit", "layer")
 
@@ -54,24 +56,38 @@ class _KeepNorm(Renormalizer):
 
     power: int
 
-    def norm(self, kernel: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:
-        axes = tuple(input_axes)
-        # Block by block, without an array of the size of the kernel.
-        blocks = np.array_split(kernel, min(len(kernel), 1 + kernel.size // 65_536))
-        sums = [(np.square(block) if self.power == 2 else np.abs(block)).sum(axis=axes, keepdims=True) for block in blocks]
-        sums = sum(sums) if 0 in axes else np.concatenate(sums)
-        if self.granularity == "layer":
-            sums = np.full_like(sums, sums.sum())
-        return sums ** (1 / self.power)
-
     def __call__(self, before, after, input_axes):
-        wanted, left = self.norm(before, input_axes), self.norm(after, input_axes)
+        (wanted,), (left,) = self._norms(before, [None], input_axes), self._norms(after, [None], input_axes)
+        return self._ratio(wanted, left, before.shape, input_axes)
+
+    def of_masks(
+        self, kernel: np.ndarray, mask: np.ndarray | None, new_mask: np.ndarray, scale: Any, input_axes: tuple[int, ...]
+    ) -> np.ndarray:
+        """What a call with `kernel * mask * scale` and `kernel * new_mask` gives, without these arrays; `None` is no mask."""
+        wanted, left = self._norms(kernel, [mask, new_mask], input_axes, scale)
+        return self._ratio(wanted, left, kernel.shape, input_axes)
+
+    def _norms(self, kernel, masks, input_axes, first_scale=1.0):
+        """The norm of each unit under each mask, the first times a scale: one pass over the kernel."""
+        axes = tuple(input_axes)
+        sums = [[] for _ in masks]
+        for rows in row_blocks(len(kernel), kernel.size // max(1, len(kernel))):
+            powers = np.square(kernel[rows]) if self.power == 2 else np.abs(kernel[rows])
+            for mask, parts in zip(masks, sums):
+                parts.append((powers if mask is None else masked(powers, mask[rows])).sum(axis=axes, keepdims=True))
+        sums = [sum(parts) if 0 in axes else np.concatenate(parts) for parts in sums]
+        sums[0] = sums[0] * np.abs(np.asarray(first_scale, kernel.dtype)) ** self.power
+        if self.granularity == "layer":
+            sums = [np.full_like(part, part.sum()) for part in sums]
+        return [part ** (1 / self.power) for part in sums]
+
+    def _ratio(self, wanted, left, shape, input_axes):
         scale = np.ones_like(wanted)
         # A unit without survivors (or one that was dead before) has nothing to keep.
         np.divide(wanted, left, out=scale, where=(wanted > 0) & (left > 0))
         if self.max_scale is not None:
             scale = np.minimum(scale, self.max_scale)
-        shape = [1 if axis in input_axes else size for axis, size in enumerate(before.shape)]
+        shape = [1 if axis in input_axes else size for axis, size in enumerate(shape)]
         return np.broadcast_to(scale, shape).astype(np.float32)
 
 
@@ -103,6 +119,10 @@ class L2(_KeepNorm):
     """Keep the Euclidean norm: `s_j = ||W_j||_2 / ||W_j M_j||_2`. Arguments and source as for `L1`."""
 
     power = 2
+
+
+# Which `of_masks` speaks for; a subclass may compute something else.
+KEEP_NORM = (L1, L2)
 
 
 class CalibratedRenormalizer(Renormalizer):

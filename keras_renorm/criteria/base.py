@@ -10,7 +10,13 @@ from keras_renorm.moments import Moments
 
 
 class Criterion(serialization.Configurable):
-    """Base class: scores the weights of a kernel."""
+    """Base class: scores the weights of a kernel.
+
+    `elementwise` says that a weight's score depends on its value alone, and is NaN only where that is: the criterion may then
+    be asked for a part of the kernel at a time, in arrays of any shape.
+    """
+
+    elementwise = False
 
     def __call__(self, kernel: np.ndarray) -> np.ndarray:
         """Scores shaped like `kernel`; larger = keep."""

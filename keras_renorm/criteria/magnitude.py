@@ -18,5 +18,7 @@ class Magnitude(Criterion):
     array([[2., 1.]])
     """
 
+    elementwise = True
+
     def __call__(self, kernel):
         return np.abs(kernel)

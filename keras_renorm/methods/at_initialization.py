@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_renorm import allocation as allocations
 from keras_renorm import masks, validation
-from keras_renorm.events import current_kernel, new_scale
+from keras_renorm.events import effective, in_float, new_scale
 from keras_renorm.layers.masked import MaskedKernel, MaskedLayer, masked_layers, sparsity_of
 from keras_renorm.optimizers import Recorder
 
@@ -380,7 +380,8 @@ class Place:
         self.name = f"kernel '{self.path}' of layer '{layer.name}'"
         self.mask, self.scale = (ops.convert_to_numpy(variable) for variable in (masked.mask, masked.scale))
         values = ops.convert_to_numpy(masked.variable)
-        self.kernel, self.current = current_kernel(values, self.mask, self.scale, f"K{self.name[1:]}")
+        self.kernel = in_float(values)
+        self.current = effective(self.kernel, self.mask, self.scale, f"K{self.name[1:]}")
 
     @property
     def start(self) -> np.ndarray:
@@ -417,7 +418,7 @@ class Place:
         """What to assign for the kernel to have a mask: the kernel, the mask and the scales that go with it."""
         if mask is self.mask:
             return self.masked, mask, self.scale
-        scale = new_scale(self.kernel, self.current, mask, self.scale, self.layer.renormalize, self.masked.input_axes)
+        scale = new_scale(self.kernel, self.mask, mask, self.scale, self.layer.renormalize, self.masked.input_axes)
         return self.masked, mask, scale
 
 
