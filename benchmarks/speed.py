@@ -81,7 +81,7 @@ LAYERS = {
 
 
 def training(network, kind, every, change, steps):
-    """A function that trains for an epoch and answers the seconds of a step: the mean with updates, else the median."""
+    """A function that trains for an epoch and answers the seconds of a step, callbacks included: the mean."""
     keras.utils.set_random_seed(0)
     if kind == "tfmot":
         import tensorflow_model_optimization as tfmot
@@ -108,8 +108,8 @@ def training(network, kind, every, change, steps):
 
     def train():
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=[*callbacks, times])
-        # An epoch begins with ten steps that apply masks in full. With events the mean counts, for these are few and long.
-        return float((np.mean if every else np.median)(times.seconds[10:]))
+        # An epoch begins with ten steps that apply masks in full.
+        return float(np.mean(times.seconds[10:]))
 
     return train
 
@@ -123,7 +123,7 @@ def step(arguments):
     for network in arguments.network:
         shown = cases + updates if network == "dense" else cases
         functions = {
-            case: training(network, case[0].removesuffix(" again"), case[1], case[2], 110 if case[1] == 100 else 30)
+            case: training(network, case[0].removesuffix(" again"), *case[1:], 110 if case[1] in (None, 100) else 30)
             for case in shown
         }
         seconds = in_turns(functions, arguments.runs)

@@ -94,9 +94,10 @@ def best_cells(
     idle = None if read is None or read.all() else ~read
     kept = _without_lowest(cells, count, left, idle)
     if (spared := _last_of_units(cells, kept, left, idle)) is not None:
-        cells = np.array(cells[:])
-        cells[spared] = np.inf
-        kept = _without_lowest(cells, count, left, idle)
+        others = np.ones(cells.shape, bool) if left is None else left.copy()
+        others[spared] = False
+        kept = _without_lowest(cells, count + len(spared[0]), others, idle)
+        kept[spared] = True
     return kept
 
 
@@ -127,18 +128,36 @@ def _inputs_then_units(shape, input_axes):
 
 def _last_of_units(
     cells: np.ndarray | StreamedScores, kept: np.ndarray, left: np.ndarray | None, idle: np.ndarray | None
-) -> tuple | None:
-    """Where the best cell of every column is that has one to keep, if a column would lose all and there are enough."""
-    lost = ~kept.any(axis=0) if left is None else ~kept.any(axis=0) & left.any(axis=0)
-    if not lost.any():
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Where the best cells of columns are that lose all, or might if these are spared; `None` if there is nothing to spare."""
+    lost = ~kept.any(axis=0)
+    candidates = np.ones(len(lost), bool) if left is None else left.any(axis=0)
+    if idle is not None:
+        candidates &= ~idle
+    if not (lost & candidates).any():
         return None
-    cells = cells[:] if left is None else np.where(left, cells[:], 0)
-    remaining = cells if left is None else np.where(left, cells, -np.inf)
-    worth = remaining.max(axis=0) > cells.min()
-    columns = np.flatnonzero(worth if idle is None else worth & ~idle)
-    if not lost[columns].any() or len(columns) > np.count_nonzero(kept):
+    # As many as are lost have to go from other columns.
+    few = np.count_nonzero(kept, axis=0) <= np.count_nonzero(lost & candidates)
+    columns = np.flatnonzero(candidates & few)
+    scores = _scores_of(cells, columns)
+    if left is not None:
+        scores[~left[:, columns]] = -np.inf
+    worth = scores.max(axis=0) > _worst(cells, left)
+    enough = np.count_nonzero(candidates & ~few) + np.count_nonzero(worth) <= np.count_nonzero(kept)
+    if not enough or not lost[columns[worth]].any():
         return None
-    return remaining[:, columns].argmax(axis=0), columns
+    return scores[:, worth].argmax(axis=0), columns[worth]
+
+
+def _scores_of(cells: np.ndarray | StreamedScores, columns: np.ndarray) -> np.ndarray:
+    """A copy of some columns."""
+    return cells.take(np.arange(len(cells))[:, None] * cells.shape[1] + columns)
+
+
+def _worst(cells: np.ndarray | StreamedScores, left: np.ndarray | None) -> float:
+    """The lowest score of all, where what is gone counts as zero."""
+    blocks = ((cells[rows], rows) for rows in row_blocks(*cells.shape))
+    return min((block if left is None else arrays.masked(block, left[rows])).min() for block, rows in blocks)
 
 
 def _without_lowest(
@@ -153,7 +172,9 @@ def _without_lowest(
     if idle is not None and left is not None:
         idle = idle & left.any(axis=0)
     if idle is not None and idle.any() and count > 0:
-        waiting = (cells[:] < np.inf) & idle
+        columns = np.flatnonzero(idle)
+        waiting = np.zeros(cells.shape, bool)
+        waiting[:, columns] = _scores_of(cells, columns) < np.inf
         waiting = waiting if left is None else waiting & left
         others = ~waiting if left is None else left & ~waiting
         number = np.count_nonzero(waiting)
