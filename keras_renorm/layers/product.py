@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-# How many times larger than the batch both sides of a kernel are where `_by_transposed` begins to be the faster.
-_LARGER = 4
-
 
 def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settled: tf.Tensor) -> tf.Tensor:
     """`inputs @ where(mask, kernel, 0)`, without a gradient for what is masked.
@@ -33,8 +30,8 @@ def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settle
 def _product(inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     def gradients(upstream):
         to_inputs = tf.cond(
-            _LARGER * tf.shape(upstream)[0] <= min(kernel.shape),
-            lambda: _by_transposed(upstream, kernel),
+            is_much_larger(tf.shape(upstream)[0], *kernel.shape),
+            lambda: by_transposed(upstream, kernel),
             lambda: tf.matmul(upstream, kernel, transpose_b=True),
         )
         return to_inputs, tf.matmul(inputs, upstream, transpose_a=True)
@@ -42,6 +39,11 @@ def _product(inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     return tf.matmul(inputs, kernel), gradients
 
 
-def _by_transposed(upstream: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+def is_much_larger(batch: int | tf.Tensor, inputs: int, units: int) -> bool | tf.Tensor:
+    """Whether a kernel is so much larger than the batch that `by_transposed` is the faster (`benchmarks/product.py`)."""
+    return 4 * batch <= min(inputs, units)
+
+
+def by_transposed(upstream: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """`upstream @ kernel.T` for kernels much larger than the batch: TensorFlow takes up to four times as long on processors."""
     return tf.transpose(tf.matmul(kernel, upstream, transpose_b=True))
