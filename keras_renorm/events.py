@@ -60,6 +60,9 @@ def prune_kernel(
         scores = StreamedScores(kernel, mask, scale, functools.partial(score, criterion), description)
         left = None if mask is None else mask.reshape(scores.shape)
         new_mask = masks.best_cells(scores, validation.check_sparsity(sparsity), left, read).reshape(kernel.shape)
+        if new_mask.all():
+            # No score was asked for.
+            validation.check_finite(kernel, description)
     else:
         current = effective(kernel, mask, scale, description)
         scores = score(criterion, kernel * scale if regrow else current)

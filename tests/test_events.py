@@ -70,6 +70,16 @@ def test_norms_under_masks_are_those_of_masked_kernels(renormalizer, shape, axes
 
 @pytest.mark.parametrize("criterion", [criteria.Magnitude(), np.abs], ids=["streamed", "array"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("sparsity", [0.0, 1e-4, 0.9])
+def test_a_weight_that_is_not_finite_is_refused(criterion, value, sparsity, generator):
+    kernel = generator.standard_normal((30, 20)).astype("float32")
+    kernel[3, 4] = value
+    with pytest.raises(ValueError, match=r"Kernel 'k' holds 1 values that are NaN or infinite"):
+        prune(kernel, sparsity, criterion, renorm.L2(), description="Kernel 'k'")
+
+
+@pytest.mark.parametrize("criterion", [criteria.Magnitude(), np.abs], ids=["streamed", "array"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_kept_weight_that_is_not_finite_is_refused(criterion, value, generator):
     kernel, mask, _ = state_of("pruned", (30, 20), generator)
     kernel[tuple(np.argwhere(mask)[3])] = value
