@@ -246,8 +246,12 @@ def _beside(functions, title, runs):
 def import_(arguments):
     program = "import time; a = time.perf_counter(); import keras; b = time.perf_counter(); import keras_renorm; "
     program += "print(b - a, time.perf_counter() - b)"
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split() for _ in range(9)]
-    keras_alone, added = np.median(np.array(runs, float), axis=0)
+    with tempfile.TemporaryDirectory() as compiled:
+        # As after `pip install`, which leaves compiled modules: the first run compiles them and is not counted.
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
+        command = [sys.executable, "-c", program]
+        answers = [subprocess.run(command, capture_output=True, text=True, env=environment).stdout for _ in range(10)]
+    keras_alone, added = np.median(np.array([answer.split() for answer in answers[1:]], float), axis=0)
     print(f"\nimport keras {keras_alone:.2f} s, then keras_renorm {added:.3f} s")
     return [dict(keras=keras_alone, keras_renorm=added)]
 
