@@ -28,10 +28,17 @@ def is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array.max(initial=0)) and np.isfinite(array.min(initial=0)))
 
 
-def masked(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The array, of floats, with zeros where the mask is `False`, whatever was there."""
+def masked(array: np.ndarray, mask: np.ndarray, other: float = 0.0) -> np.ndarray:
+    """The array, of floats, with `other` where the mask is `False`, whatever was there."""
     # `True` becomes -1, all of whose bits are set: faster than `where`, and what a product makes of infinity is not right.
-    return (array.view(f"i{array.itemsize}") & -mask.view(np.int8)).view(array.dtype)
+    bits, every_bit = array.view(f"i{array.itemsize}"), -mask.view(np.int8)
+    if other == 0:
+        return (bits & every_bit).view(array.dtype)
+    others = np.array(other, array.dtype).view(bits.dtype)
+    selected = bits ^ others
+    selected &= every_bit
+    selected ^= others
+    return selected.view(array.dtype)
 
 
 def bracket(sample: np.ndarray, share: float) -> tuple[float, float]:

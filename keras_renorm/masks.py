@@ -190,6 +190,28 @@ def _without_lowest_of(cells: np.ndarray | StreamedScores, count: int, left: np.
         return np.ones(cells.shape, bool) if left is None else left.copy()
     count_left = cells.size if left is None else np.count_nonzero(left)
     low, high = _bracket(cells, count / count_left, left)
+    kept, places, scores = _split(cells, left, low, high)
+    gone = count_left - np.count_nonzero(kept)
+    if count <= gone or (count > gone + len(places) and high < np.inf):
+        # The sample misled.
+        kept, places, scores = _split(cells, left, -np.inf, np.inf)
+        gone = count_left - np.count_nonzero(kept)
+    count -= gone
+    if count >= len(places):
+        kept.reshape(-1)[places] = False
+        return kept
+    threshold = np.partition(scores, count - 1)[count - 1]
+    lower = scores < threshold
+    kept.reshape(-1)[places[lower]] = False
+    tied = places[scores == threshold]
+    kept.reshape(-1)[tied[len(tied) - (count - np.count_nonzero(lower)) :]] = False
+    return kept
+
+
+def _split(
+    cells: np.ndarray | StreamedScores, left: np.ndarray | None, low: float, high: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mark the cells in `left` (`None`: all) from `low` on, and say which of them, below `inf`, end at `high`, with scores."""
     kept = np.empty(cells.shape, bool)
     places, scores = [], []
     for rows in row_blocks(*cells.shape):
@@ -197,29 +219,15 @@ def _without_lowest_of(cells: np.ndarray | StreamedScores, count: int, left: np.
         np.greater_equal(values, low, out=block)
         if left is not None:
             block &= left[rows]
-        near = np.flatnonzero((values <= high) & block)
+        near = np.flatnonzero((values <= high if high < np.inf else values < high) & block)
         scores.append(values.reshape(-1)[near])
         places.append(near + rows.start * cells.shape[1])
-    places, scores = np.concatenate(places), np.concatenate(scores)
-    near_count = count - (count_left - np.count_nonzero(kept))
-    if not 0 < near_count <= len(places):
-        kept = np.ones(cells.shape, bool) if left is None else left.copy()
-        places, near_count = np.flatnonzero(kept), count
-        scores = cells.take(places)
-    threshold = np.partition(scores, near_count - 1)[near_count - 1]
-    lower = scores < threshold
-    kept.reshape(-1)[places[lower]] = False
-    if threshold < np.inf:
-        tied = places[scores == threshold]
-        kept.reshape(-1)[tied[len(tied) - (near_count - np.count_nonzero(lower)) :]] = False
-    return kept
+    return kept, np.concatenate(places), np.concatenate(scores)
 
 
 def _bracket(cells: np.ndarray | StreamedScores, share: float, left: np.ndarray | None) -> tuple[float, float]:
     """Two values between which most likely lies the one that a share of the cells in `left` is below."""
-    if cells.size < 500_000:
-        return -np.inf, np.inf
-    places = np.random.default_rng(0).integers(cells.size, size=min(25_000, cells.size // 50))
+    places = np.random.default_rng(0).integers(cells.size, size=min(25_000, cells.size // 25))
     return arrays.bracket(cells.take(places if left is None else places[left.take(places)]), share)
 
 
@@ -230,14 +238,26 @@ def _best_of_columns(cells: np.ndarray, count: int, left: np.ndarray | None) -> 
     """
     if count == 0:
         return np.ones(cells.shape, bool)
-    if left is not None:
-        cells = np.where(left, cells, -np.inf)
-    threshold = np.partition(cells, count - 1, axis=0)[count - 1]
-    lowest, tied = cells < threshold, cells == threshold
-    missing = count - np.count_nonzero(lowest, axis=0)
-    if np.array_equal(np.count_nonzero(tied, axis=0), missing):
-        lowest |= tied
-    else:
-        for column in range(cells.shape[1]):
-            lowest[np.flatnonzero(tied[:, column])[-missing[column] :], column] = True
-    return ~lowest | (cells == np.inf)
+    units = cells.shape[1]
+    threshold, following = np.empty(units, cells.dtype), np.empty(units, cells.dtype)
+    for columns in row_blocks(units, len(cells)):
+        block = cells.T[columns] if left is None else arrays.masked(cells.T[columns], left.T[columns], -np.inf)
+        block = np.array(block, order="C")
+        block.partition(count - 1, axis=1)
+        threshold[columns] = block[:, count - 1]
+        following[columns] = block[:, count:].min(axis=1, initial=np.inf)
+    # Cells of `inf` stay wherever the threshold is.
+    at_most = np.minimum(threshold, np.finfo(cells.dtype).max)
+    kept = np.empty(cells.shape, bool)
+    for rows in row_blocks(*cells.shape):
+        np.greater(cells[rows], at_most, out=kept[rows])
+        if left is not None:
+            kept[rows] &= left[rows]
+    for column in np.flatnonzero((following == threshold) & np.isfinite(threshold)):
+        tied = cells[:, column] == threshold[column]
+        if left is not None:
+            tied &= left[:, column]
+        tied = np.flatnonzero(tied)
+        stay = len(cells) - count - np.count_nonzero(kept[:, column])
+        kept[tied[:stay], column] = True
+    return kept

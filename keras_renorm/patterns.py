@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm import serialization
+from keras_renorm import arrays, serialization
+from keras_renorm.streaming import row_blocks
 
 
 class Pattern(serialization.Configurable):
@@ -105,15 +106,21 @@ class Block(Pattern):
 
     def _reduce(self, operation, matrix):
         for axis, side in enumerate(self.size):
-            if side > 1:
-                matrix = operation.reduceat(matrix, np.arange(0, matrix.shape[axis], side), axis=axis)
+            lines = np.swapaxes(matrix, 0, axis)
+            reduced = lines[::side].copy("K")
+            # Faster than `reduceat`, and blocks at the edge need nothing of their own.
+            for start in range(1, min(side, len(lines))):
+                more = lines[start::side]
+                operation(reduced[: len(more)], more, out=reduced[: len(more)])
+            matrix = np.swapaxes(reduced, 0, axis)
         return matrix
 
     def expand(self, kept, shape):
-        units = shape[-1]
-        inputs = int(np.prod(shape[:-1]))
-        rows = np.repeat(kept, self.size[0], axis=0)[:inputs]
-        return np.repeat(rows, self.size[1], axis=1)[:, :units].reshape(shape)
+        matrix = (int(np.prod(shape[:-1])), shape[-1])
+        for axis, (side, length) in enumerate(zip(self.size, matrix)):
+            if side > 1:
+                kept = np.repeat(kept, side, axis=axis).take(range(length), axis=axis)
+        return kept.reshape(shape)
 
 
 @serialization.register
@@ -153,22 +160,29 @@ class NOfM(Pattern):
             )
 
     def cells(self, scores):
-        *outer, inputs, units = scores.shape
-        runs = -(-inputs // self.m)
-        padded = scores
+        *_, inputs, units = scores.shape
+        matrices = scores.reshape(-1, inputs, units)
+        cells = np.empty_like(matrices)
+        for runs in row_blocks(-(-inputs // self.m), self.m * len(matrices) * units):
+            rows = slice(runs.start * self.m, runs.stop * self.m)
+            some = matrices[:, rows]
+            cells[:, rows] = arrays.masked(some, self._goes(some), np.inf)
+        return cells.reshape(-1, units)
+
+    def _goes(self, scores: np.ndarray) -> np.ndarray:
+        """Which scores are not among the `n` highest of their run, of equal ones the last; of shape `(any, inputs, units)`."""
+        outer, inputs, units = scores.shape
         if inputs % self.m:
             # What pads a short run counts as its first weights to go.
-            padding = [(0, 0)] * len(outer) + [(0, runs * self.m - inputs), (0, 0)]
-            padded = np.pad(scores, padding, constant_values=-np.inf)
-        padded = padded.reshape(-1, self.m, units)
-        beaten_by = np.zeros(padded.shape, np.uint8)
+            scores = np.pad(scores, [(0, 0), (0, -inputs % self.m), (0, 0)], constant_values=-np.inf)
+        runs = scores.reshape(outer, -1, self.m, units)
+        beaten_by = np.zeros(runs.shape, np.uint8)
         for first in range(self.m):
             for second in range(first + 1, self.m):
-                first_wins = padded[:, first] >= padded[:, second]
-                beaten_by[:, second] += first_wins
-                beaten_by[:, first] += ~first_wins
-        goes = (beaten_by >= self.n).reshape(*outer, runs * self.m, units)[..., :inputs, :]
-        return np.where(goes, scores, np.inf).reshape(-1, units)
+                first_wins = runs[:, :, first] >= runs[:, :, second]
+                beaten_by[:, :, second] += first_wins
+                beaten_by[:, :, first] += ~first_wins
+        return (beaten_by >= self.n).reshape(outer, -1, units)[:, :inputs]
 
 
 @serialization.register

@@ -154,3 +154,25 @@ def test_large_kernels_are_cut_exactly_where_a_sort_would(kind, sparsity, genera
     if sparsity < 0.99:  # beyond, units would lose their last weight
         np.testing.assert_array_equal(mask.reshape(-1), expected)
     assert np.count_nonzero(mask) == np.count_nonzero(expected)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("pruned_before", [False, True])
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+def test_large_kernels_are_cut_within_units_where_a_sort_would(ties, pruned_before, sparsity, generator):
+    scores = np.abs(generator.standard_normal((700, 1000), np.float32))
+    scores = np.round(scores, 1) if ties else scores
+    left = generator.random(scores.shape) < 0.6 if pruned_before else np.ones(scores.shape, bool)
+    mask = compute_mask(scores, sparsity, group="unit", mask=left if pruned_before else None)
+    order = np.argsort(np.where(left, -scores, np.inf), axis=0, kind="stable")
+    expected = np.zeros(scores.shape, bool)
+    np.put_along_axis(expected, order[: 700 - round(sparsity * 700)], True, axis=0)
+    np.testing.assert_array_equal(mask, expected & left)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("side", [4, 600])
+def test_scores_of_infinity_stay_whatever_the_sparsity(group, side, generator):
+    scores = generator.random((side, side), np.float32)
+    scores[::2] = np.inf
+    np.testing.assert_array_equal(compute_mask(scores, 0.7, group=group), scores == np.inf)

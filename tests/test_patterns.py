@@ -57,6 +57,19 @@ def test_n_of_m_keeps_at_most_n_of_every_run_of_channels(shape, group, generator
             assert kept.min() == 2
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (3, 8)])
+@pytest.mark.parametrize("shape", [(1003, 300), (3, 3, 130, 150)])
+def test_n_of_m_in_large_kernels_is_what_sorting_every_run_gives(n, m, shape, generator):
+    scores = np.round(generator.random(shape), 2)
+    mask = compute_mask(scores, 1 - n / m, patterns.NOfM(n, m))
+    for start in range(0, shape[-2], m):
+        run = scores[..., start : start + m, :]
+        order = np.argsort(-run, axis=-2, kind="stable")
+        expected = np.zeros(run.shape, bool)
+        np.put_along_axis(expected, order[..., :n, :], True, axis=-2)
+        np.testing.assert_array_equal(mask[..., start : start + m, :], expected)
+
+
 def test_n_of_m_cannot_remove_more():
     with pytest.raises(ValueError, match=r"removes 50% of the weights at most.*sparsity=0.9.*Pass `sparsity=0.5`"):
         compute_mask(np.ones((8, 2)), 0.9, patterns.NOfM(2, 4))
