@@ -1,11 +1,15 @@
-"""Variables as arrays of NumPy, masks over them and thresholds in them, without needless copies."""
+"""Variables as arrays of NumPy, masks over them, blocks of them and thresholds in them, without needless copies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
+
+# Weights of a block. What is computed of it stays in the processor's cache, and memory for it need not be asked of the system.
+_BLOCK = 131_072
 
 
 def as_array(value: Any) -> np.ndarray:
@@ -39,6 +43,12 @@ def masked(array: np.ndarray, mask: np.ndarray, other: float = 0.0) -> np.ndarra
     selected &= every_bit
     selected ^= others
     return selected.view(array.dtype)
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix, of about as many weights as a processor's cache holds."""
+    step = max(1, _BLOCK // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def bracket(sample: np.ndarray, share: float) -> tuple[float, float]:

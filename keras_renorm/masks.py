@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from keras_renorm import arrays, patterns, validation
-from keras_renorm.streaming import StreamedScores, row_blocks
+from keras_renorm.arrays import row_blocks
+from keras_renorm.streaming import StreamedScores
 
 GROUPS = ("layer", "unit")
 
@@ -63,7 +64,8 @@ def compute_mask(
         return array.transpose(axes).reshape(shape)
 
     cells = pattern.cells(ordered(scores))
-    if np.isnan(cells.max()):
+    # A pattern may hide a score, and a sum of infinities is none.
+    if np.isnan(scores.max()) or np.isnan(cells.max()):
         raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
     left = None if mask is None else pattern.any(ordered(mask))
     if group == "unit":
@@ -211,7 +213,11 @@ def _without_lowest_of(cells: np.ndarray | StreamedScores, count: int, left: np.
 def _split(
     cells: np.ndarray | StreamedScores, left: np.ndarray | None, low: float, high: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mark the cells in `left` (`None`: all) from `low` on, and say which of them, below `inf`, end at `high`, with scores."""
+    """Mark the cells in `left` (`None`: all) that score at least `low`, and list those of them that score at most `high`.
+
+    Returns:
+        The marks, shaped like `cells`, and the places (numbered row by row) and scores of those listed, without `inf`.
+    """
     kept = np.empty(cells.shape, bool)
     places, scores = [], []
     for rows in row_blocks(*cells.shape):

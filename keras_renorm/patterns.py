@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_renorm import arrays, serialization
-from keras_renorm.streaming import row_blocks
+from keras_renorm.arrays import row_blocks
 
 
 class Pattern(serialization.Configurable):
@@ -106,6 +106,8 @@ class Block(Pattern):
 
     def _reduce(self, operation, matrix):
         for axis, side in enumerate(self.size):
+            if side == 1:
+                continue
             lines = np.swapaxes(matrix, 0, axis)
             reduced = lines[::side].copy("K")
             # Faster than `reduceat`, and blocks at the edge need nothing of their own.

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from keras_renorm import least_squares, serialization, validation
-from keras_renorm.arrays import masked
+from keras_renorm.arrays import masked, row_blocks
 from keras_renorm.moments import Moments
-from keras_renorm.streaming import row_blocks
 
 GRANULARITIES = ("unit", "layer")
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from keras_renorm import validation
 from keras_renorm.arrays import is_finite, masked
-
-# Weights of a block. What is computed of it stays in the processor's cache, and memory for it need not be asked of the system.
-_BLOCK = 131_072
-
-
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix, of about as many weights as a processor's cache holds."""
-    step = max(1, _BLOCK // max(1, columns))
-    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 class StreamedScores:

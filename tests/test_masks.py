@@ -92,6 +92,15 @@ def test_scores_that_are_nan(group):
         compute_mask(np.array([[1.0, np.nan], [2.0, 3.0]]), 0.5, group=group)
 
 
+@pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
+@pytest.mark.parametrize("place", [0, 3])
+def test_scores_that_are_nan_are_seen_with_every_pattern(pattern, place):
+    scores = np.ones((8, 3))
+    scores[place, 1] = np.nan
+    with pytest.raises(ValueError, match="scores that are NaN"):
+        compute_mask(scores, 0.5, pattern)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
 def test_scores_of_any_dtype(dtype):
     np.testing.assert_array_equal(compute_mask(np.array([[1, 2, 3, 4]], dtype), 0.5), [[False, False, True, True]])

@@ -14,8 +14,7 @@ ROOT = pathlib.Path(kr.__file__).parent
 ROOMS = [
     ["version", "arrays", "serialization", "tables", "moments"],
     ["validation"],
-    ["streaming"],
-    ["patterns", "least_squares", "schedules", "allocation", "report"],
+    ["streaming", "patterns", "least_squares", "schedules", "allocation", "report"],
     ["masks", "renorm"],
     ["criteria"],
     ["events"],
