@@ -65,8 +65,8 @@ def compute_mask(
 
     cells = pattern.cells(ordered(scores))
     # A pattern may hide a score, and a sum of infinities is none.
-    if np.isnan(scores.max()) or np.isnan(cells.max()):
-        raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
+    for each in (scores, cells):
+        validation.check_scores(each)
     left = None if mask is None else pattern.any(ordered(mask))
     if group == "unit":
         kept = _best_of_columns(cells, round(sparsity * len(cells)), left)

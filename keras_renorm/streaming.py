@@ -42,7 +42,9 @@ class StreamedScores:
         if not is_finite(kernel):
             kept = kernel if self._mask is None else masked(kernel, self._mask[rows])
             validation.check_finite(kept, self._description)
-        return self._criterion(kernel if self._scale is None else kernel * self._scale)
+        scores = self._criterion(kernel if self._scale is None else kernel * self._scale)
+        validation.check_scores(scores, None if self._mask is None else self._mask[rows])
+        return scores
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """The scores of weights that are numbered row by row."""

@@ -74,6 +74,13 @@ def check_verbose(value: Any) -> int:
     return check_choice(value, (0, 1, 2), "verbose")
 
 
+def check_scores(scores: np.ndarray, mask: np.ndarray | None = None) -> None:
+    """Raise `ValueError` if a score is NaN where `mask` is set (`None`: anywhere)."""
+    # One fast pass while all is well: the highest of numbers that are not all numbers is NaN.
+    if np.isnan(scores.max(initial=0)) and (mask is None or np.isnan(scores[mask]).any()):
+        raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
+
+
 def check_finite(values: np.ndarray, description: str) -> None:
     """Raise `ValueError` if `values` hold NaN or infinity."""
     if not is_finite(values):

@@ -78,6 +78,27 @@ def test_a_weight_that_is_not_finite_is_refused(criterion, value, sparsity, gene
         prune(kernel, sparsity, criterion, renorm.L2(), description="Kernel 'k'")
 
 
+class SquareRoot(criteria.Criterion):
+    """NaN for negative weights."""
+
+    def __init__(self, elementwise):
+        self.elementwise = elementwise
+
+    def __call__(self, kernel):
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(kernel)
+
+
+@pytest.mark.parametrize("elementwise", [True, False], ids=["streamed", "array"])
+def test_scores_that_are_nan_are_refused_but_for_weights_that_are_gone(elementwise, generator):
+    kernel = generator.standard_normal((30, 20)).astype("float32")
+    with pytest.raises(ValueError, match="scores that are NaN"):
+        prune(kernel, 0.9, SquareRoot(elementwise), renorm.L2())
+    mask, _ = prune(kernel, 0.9, SquareRoot(elementwise), renorm.L2(), mask=kernel >= 0)
+    assert np.count_nonzero(mask) == 60
+    assert kernel[mask].min() > np.sort(kernel, axis=None)[-100]
+
+
 @pytest.mark.parametrize("criterion", [criteria.Magnitude(), np.abs], ids=["streamed", "array"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_kept_weight_that_is_not_finite_is_refused(criterion, value, generator):
