@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,13 +13,16 @@ from keras.src.models import Functional
 
 from keras_renorm import criteria, validation
 from keras_renorm.arrays import for_another
+from keras_renorm.comparing import check_same
+from keras_renorm.copying import Copier, exchange_variable, with_config
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
-from keras_renorm.layers.kernels import find_kernels
+from keras_renorm.layers.kernels import Kernel, find_kernels
 from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
 from keras_renorm.targets import choose_patterns
 
 _DROP_IN = {cls.plain_class: cls for cls in (PrunableDense, PrunableConv2D)}
 _REBUILT = (keras.Sequential, Functional)
+copy_layer = with_config
 
 
 def to_prunable(
@@ -69,6 +71,7 @@ def to_prunable(
     'PrunableDense'
     """
     validation.check_model(model)
+    _check_exchangeable(model)
     pruning = dict(
         pruning_schedule=pruning_schedule,
         criterion=criteria.get(criterion),
@@ -84,18 +87,35 @@ def to_prunable(
         probe = keras.layers.Dense(1, name="checks_arguments")
         RenormalizedPruning(probe, pattern=one or "unstructured", name="checks_arguments", **pruning)
 
-    def convert(layer):
+    def convert(layer, copier):
         if id(layer) not in chosen:
             return None
         arguments = dict(pruning, pattern=patterns_of[id(layer)])
         if type(layer) in _DROP_IN:
-            return copy_layer(layer, _DROP_IN[type(layer)], **arguments)
-        return RenormalizedPruning(copy_layer(layer), name=layer.name, trainable=layer.trainable, **arguments)
+            return remade(copier, layer, with_config(layer, _DROP_IN[type(layer)], **arguments))
+        wrapper = keras.Layer.__new__(RenormalizedPruning)
 
-    converted, _ = rebuild(model, convert)
+        def wrap(inner):
+            wrapper.__init__(inner, name=layer.name, trainable=layer.trainable, **arguments)
+            wrapper.build_from_config(layer.get_build_config())
+
+        copier.copy_within(layer, wrap)
+        return wrapper
+
+    converted, _ = copy_model(model, convert)
     if from_zeros:
         _masks_from_zeros(converted)
     return converted
+
+
+def _check_exchangeable(model: keras.Model) -> None:
+    if not isinstance(model, _REBUILT):
+        raise ValueError(
+            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose layers cannot be exchanged "
+            "from outside. In your class, write `keras_renorm.layers.PrunableDense(...)` for `keras.layers.Dense(...)` (and "
+            "`PrunableConv2D` for `Conv2D`), or wrap a layer: `keras_renorm.layers.RenormalizedPruning(layer)`. For a model "
+            "that is trained already, `keras_renorm.prune(model, sparsity)` works as it is."
+        )
 
 
 def _masks_from_zeros(model: keras.Model) -> None:
@@ -144,34 +164,66 @@ def strip(model: keras.Model) -> keras.Model:
     return plain_copy(model)[0]
 
 
-def plain_copy(model: keras.Model) -> tuple[keras.Model, dict[int, keras.Variable]]:
-    """What `strip` returns, and its variable for the `id` of each variable of `model` that is no mask, scale or step."""
-    stripped, counterparts = rebuild(model, _plain_counterpart)
-    left = [layer.name for layer in masked_layers(stripped)]
+def plain_copy(model: keras.Model) -> tuple[keras.Model, dict[int, Any]]:
+    """What `strip` returns, and its layer or variable for the `id` of each layer and variable of `model` that has one."""
+    within = {id(layer) for outer in outermost_layers(model) for layer in _through_wrappers(outer)}
+    left = [layer.name for layer in masked_layers(model) if id(layer) not in within]
     if left:
         raise ValueError(
             f"Model '{model.name}' has prunable layers inside a layer or model of your own, which cannot be taken out from "
             f"outside: {left}. Give your class an argument that chooses between the plain and the prunable layer, or wrap "
             "the whole layer in `keras_renorm.layers.RenormalizedPruning` instead of the layers in it."
         )
-    variables = {
-        id(old): new
-        for layer in outermost_layers(model)
-        if id(layer) in counterparts
-        for old, new in zip(plain_variables(layer), counterparts[id(layer)].variables)
-    }
-    return stripped, variables
+    if masked_layers(model) and not isinstance(model, _REBUILT):
+        raise ValueError(
+            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose prunable layers "
+            f"{[layer.name for layer in masked_layers(model)]} cannot be taken out from outside. Give your class an argument "
+            "that chooses between `keras.layers.Dense` and `keras_renorm.layers.PrunableDense`, or build the model with the "
+            "functional API."
+        )
+    return copy_model(model, _plain_counterpart)
 
 
-def _plain_counterpart(layer: keras.Layer) -> keras.Layer | None:
-    """A new layer without masks; `None` if there are none. Keras' own wrappers (TimeDistributed) are looked into."""
-    if isinstance(layer, RenormalizedPruning):
-        return copy_layer(layer.layer)
-    if isinstance(layer, MaskedLayer):
-        return copy_layer(layer, layer.plain_class, without=PRUNING_ARGUMENTS)
-    if isinstance(layer, keras.layers.Wrapper) and (inner := _plain_counterpart(layer.layer)) is not None:
-        return copy_layer(layer, layer=keras.saving.serialize_keras_object(inner))
-    return None
+def _through_wrappers(layer: keras.Layer) -> Iterator[keras.Layer]:
+    """A layer, and what Keras' own wrappers (TimeDistributed) hold, as they are saved with it."""
+    yield layer
+    if isinstance(layer, keras.layers.Wrapper) and not isinstance(layer, MaskedLayer):
+        yield from _through_wrappers(layer.layer)
+
+
+def _plain_counterpart(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
+    """A copy without masks of a prunable layer; `None` for others."""
+    if not isinstance(layer, MaskedLayer) or not layer.masked_kernels:
+        return None
+    if not isinstance(layer, RenormalizedPruning):
+        return remade(copier, layer, with_config(layer, layer.plain_class, without=PRUNING_ARGUMENTS))
+
+    def fill_in(inner):
+        for kernel in layer.masked_kernels:
+            variable = copier.copies[id(kernel.variable)]
+            variable.assign(kernel.effective())
+            if kernel.variable.regularizer is not None:
+                variable.regularizer = kernel.variable.regularizer.regularizer
+
+    return copier.copy_within(layer.layer, fill_in)
+
+
+def remade(copier: Copier, layer: keras.Layer, new: keras.Layer) -> keras.Layer:
+    """Build a layer that another config gave, and let it have the variables of a layer, with what it computes with."""
+    begun_otherwise = _start_from_zeros(new)
+    new.build_from_config(layer.get_build_config())
+    for part, name, initializer in begun_otherwise:
+        setattr(part, name, initializer)
+    for old, value, variable in zip(plain_variables(layer), plain_values(layer), plain_variables(new), strict=True):
+        shared = copier.copies.get(id(old))
+        if shared is None:
+            copier.replace(old, variable)
+            variable.trainable = old.trainable
+        else:
+            exchange_variable(new, variable, shared)
+            variable = shared
+        variable.assign(for_another(value))
+    return new
 
 
 def never_pruned(model: keras.Model) -> str | None:
@@ -208,16 +260,16 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
                 f"{[layer.name for layer in candidates]}."
             )
     chosen, refused = {}, []
+    kernels = kernels_by_layer(model)
     for layer in candidates:
         if isinstance(layer, MaskedLayer) or not any(_selects(selector, layer) for selector in selectors):
             continue
-        try:
-            if find_kernels(layer):
-                chosen[id(layer)] = layer
-            elif layers is not None:
-                refused.append(f"layer '{layer.name}' has no kernel")
-        except ValueError as error:
-            refused.append(str(error))
+        if isinstance(kernels[id(layer)], ValueError):
+            refused.append(str(kernels[id(layer)]))
+        elif kernels[id(layer)]:
+            chosen[id(layer)] = layer
+        elif layers is not None:
+            refused.append(f"layer '{layer.name}' has no kernel of its own")
     if not chosen:
         reason = f"Left as they are: {'; '.join(refused)}." if refused else "None of its layers has a kernel."
         if layers is not None and not refused:
@@ -262,55 +314,49 @@ def outermost_layers(model: keras.Model) -> Iterator[keras.Layer]:
     return walk(model)
 
 
-def rebuild(
-    model: keras.Model, convert: Callable[[keras.Layer], keras.Layer | None]
-) -> tuple[keras.Model, dict[int, keras.Layer]]:
-    """Build a model anew, layer by layer, with the weights copied.
+def kernels_by_layer(model: keras.Model) -> dict[int, list[Kernel] | ValueError]:
+    """The prunable weights of each layer that `outermost_layers` gives, by its `id`; each counts for one layer alone.
+
+    A layer that holds another one of these layers reads the other's weights. Where a layer cannot be pruned as it is, there is
+    an error that says why.
+    """
+    layers = list(outermost_layers(model))
+    ids = set(map(id, layers))
+    readers = [layer for layer in layers if any(id(part) in ids for part in layer._flatten_layers(include_self=False))]
+    found: dict[int, list[Kernel] | ValueError] = {}
+    taken: set[int] = set()
+    for layer in [layer for layer in layers if layer not in readers] + readers:
+        try:
+            kernels = [kernel for kernel in find_kernels(layer) if id(kernel.variable) not in taken]
+        except ValueError as error:
+            found[id(layer)] = error
+            continue
+        found[id(layer)] = kernels
+        taken.update(id(kernel.variable) for kernel in kernels)
+    return found
+
+
+def copy_model(
+    model: keras.Model, convert: Callable[[keras.Layer, Copier], keras.Layer | None] | None = None
+) -> tuple[keras.Model, dict[int, Any]]:
+    """A model that computes what another one does, with weights of its own.
 
     Args:
-        model: a built model. A subclassed one is copied by its config, which `convert` cannot change.
-        convert: gives the new layer for a layer, or `None` for a copy of it.
+        model: a built model.
+        convert: gives for a layer what comes into its place, or `None` for a copy of it.
 
     Returns:
-        The new model, and its layer for the `id` of each layer of `model`.
+        The new model, and its object for the `id` of each object of `model`, such as a layer or a variable.
 
     Raises:
-        ValueError: if the model is a subclassed one and `convert` would change a layer of it.
+        ValueError: if the model cannot be copied, or its copy does not compute the same.
     """
-    if not isinstance(model, _REBUILT):
-        return _copy_subclassed(model, convert)
-    counterparts = {}
-    initializers = []
-
-    def clone(operation):
-        new = convert(operation) if isinstance(operation, keras.Layer) else None
-        new = copy_layer(operation) if new is None else new
-        counterparts[id(operation)] = new
-        if isinstance(new, keras.Layer):
-            initializers.extend(_start_from_zeros(new))
-        return new
-
-    compiled = model.compiled
-    try:
-        # Keras would compile the clone from a config, and fail for losses and metrics that have none.
-        model.compiled = False
-        rebuilt = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    finally:
-        model.compiled = compiled
-        for part, name, initializer in initializers:
-            setattr(part, name, initializer)
-    if type(rebuilt) is not type(model):
-        warnings.warn(
-            f"Model '{model.name}' is a {type(model).__name__}, the new one a plain {type(rebuilt).__name__}: what the class "
-            "adds (such as its own `train_step`) is not carried over.",
-            stacklevel=4,
-        )
-    if compiled:
-        compile_like(rebuilt, model)
-    for layer in outermost_layers(model):
-        if not isinstance(layer, keras.layers.InputLayer):
-            _copy_weights(layer, counterparts[id(layer)])
-    return rebuilt, counterparts
+    copier = Copier(model, convert)
+    new = copier.copy(model)
+    check_same(model, new, copier.copies)
+    if model.compiled:
+        compile_like(new, model)
+    return new, copier.copies
 
 
 def _start_from_zeros(layer: keras.Layer) -> list[tuple[keras.Layer, str, keras.initializers.Initializer]]:
@@ -339,75 +385,3 @@ def compile_like(rebuilt: keras.Model, model: keras.Model) -> None:
             f"({error}). Call `compile` on it before training.",
             stacklevel=5,
         )
-
-
-def _copy_subclassed(model, convert):
-    changed = [layer.name for layer in outermost_layers(model) if convert(layer) is not None]
-    if changed and masked_layers(model):
-        raise ValueError(
-            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose prunable layers {changed} "
-            "cannot be taken out from outside. Give your class an argument that chooses between `keras.layers.Dense` and "
-            "`keras_renorm.layers.PrunableDense`, or build the model with the functional API."
-        )
-    if changed:
-        raise ValueError(
-            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose layers {changed} cannot be "
-            "exchanged from outside. In your class, write `keras_renorm.layers.PrunableDense(...)` for "
-            "`keras.layers.Dense(...)` (and `PrunableConv2D` for `Conv2D`), or wrap a layer: "
-            "`keras_renorm.layers.RenormalizedPruning(layer)`. For a model that is trained already, "
-            "`keras_renorm.prune(model, sparsity)` works as it is."
-        )
-    try:
-        copy = keras.models.clone_model(model)
-        if not copy.built:
-            copy.build_from_config(model.get_build_config())
-        _copy_weights(model, copy)
-    except Exception as error:
-        raise ValueError(
-            f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}) and could not be copied by its "
-            f"config: {error}. Give the class `get_config()` with all arguments of its constructor, and a `build()` that "
-            "builds its layers."
-        ) from error
-    counterparts = {
-        id(old): new for old, new in zip(model._flatten_layers(include_self=False), copy._flatten_layers(include_self=False))
-    }
-    return copy, counterparts
-
-
-def copy_layer(operation: Any, cls: type | None = None, without: tuple[str, ...] = (), **changes) -> Any:
-    """A new layer (or operation) of the same config, or of another class, without or with other arguments."""
-    cls = cls or type(operation)
-    parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else [operation]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The object being serialized includes a `lambda`")
-            config = {key: value for key, value in operation.get_config().items() if key not in without}
-        # Functions and classes that are not registered are at hand here, also lambdas.
-        functions = {key: getattr(operation, key, None) for key in config}
-        config.update({key: value for key, value in functions.items() if inspect.isfunction(value)})
-        if cls is keras.layers.Lambda:
-            config["output_shape"] = operation._output_shape
-            return cls(**config)
-        with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
-            return cls.from_config({**config, **changes})
-    except Exception as error:
-        raise ValueError(
-            f"Layer '{operation.name}' (of type {type(operation).__name__}) cannot be made anew from its config: {error} "
-            "Give it a `get_config()` with all arguments of its constructor, and register what it uses with "
-            "`@keras.saving.register_keras_serializable()`."
-        ) from error
-
-
-def _copy_weights(source: keras.Layer, target: keras.Layer) -> None:
-    if len(source.variables) == len(target.variables):
-        values, variables = source.variables, target.variables
-    else:
-        values, variables = plain_values(source), plain_variables(target)
-    if [value.shape for value in values] != [variable.shape for variable in variables]:
-        raise ValueError(
-            f"Layer '{source.name}' (of type {type(source).__name__}) does not get its weights back when it is made from its "
-            f"config: it has {[tuple(value.shape) for value in values]}, its copy has "
-            f"{[tuple(variable.shape) for variable in variables]}. Check its `get_config()` and `build()`."
-        )
-    for value, variable in zip(values, variables):
-        variable.assign(for_another(value))

@@ -15,7 +15,7 @@ from keras_renorm.arrays import as_array, masked
 from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
 from keras_renorm.calibration import Samples
 from keras_renorm.channels import Ties, find_ties
-from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, strip
+from keras_renorm.conversion import choose_layers, copy_model, kernels_by_layer, outermost_layers, strip
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
 from keras_renorm.events import in_float, new_scale, prune_kernel
@@ -128,13 +128,14 @@ def prune(
     chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
     if layers is None:
         chosen = _without_outputs(model, chosen, patterns_of)
+    kernels = kernels_by_layer(model)
     for layer in chosen.values():
-        for kernel in find_kernels(layer):
+        for kernel in kernels[id(layer)]:
             validation.check_finite(as_array(kernel.variable), _name(kernel, layer))
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
-        pruned, counterparts = rebuild(model, lambda layer: None)
-        targets = _targets({counterparts[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
+        pruned, copies = copy_model(model)
+        targets = _targets(pruned, {copies[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
         for one in targets:
             if one.sparsity is not None:
                 one.pattern.check(one.sparsity, group)
@@ -147,7 +148,7 @@ def prune(
             rows = prune_calibrated(
                 model,
                 pruned,
-                _twins(model, counterparts),
+                [(layer, copies[id(layer)]) for layer in model._flatten_layers(include_self=False)],
                 {id(target.kernel.variable): target for target in targets},
                 rule,
                 samples,
@@ -163,8 +164,11 @@ def prune(
     return pruned
 
 
-def _targets(patterns_of: dict[keras.Layer, patterns.Pattern], sparsity: Any, allocation: Any) -> list[Target]:
-    kernels = [(layer, kernel) for layer in patterns_of for kernel in find_kernels(layer)]
+def _targets(
+    model: keras.Model, patterns_of: dict[keras.Layer, patterns.Pattern], sparsity: Any, allocation: Any
+) -> list[Target]:
+    found = kernels_by_layer(model)
+    kernels = [(layer, kernel) for layer in patterns_of for kernel in found[id(layer)]]
     if isinstance(sparsity, dict):
         sparsities = [by_name(sparsity, layer) for layer, _ in kernels]
     elif sparsity is None:
@@ -239,16 +243,6 @@ def _silence(targets: list[Target], ties: Ties) -> None:
                 bias.assign(np.where(alive, as_array(bias), 0))
         for layer in ties.normalizations.get(id(variable), []):
             silence_normalization(layer, ~alive)
-
-
-def _twins(model, counterparts) -> list[tuple[keras.Layer, keras.Layer]]:
-    """The layers of a model and of its copy, at any depth."""
-    return [
-        pair
-        for layer in outermost_layers(model)
-        if id(layer) in counterparts
-        for pair in zip(layer._flatten_layers(), counterparts[id(layer)]._flatten_layers())
-    ]
 
 
 def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> list[LayerReport]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from keras_renorm import validation
 from keras_renorm.arrays import as_array
-from keras_renorm.conversion import never_pruned, outermost_layers
-from keras_renorm.layers.kernels import find_kernels, name_within
+from keras_renorm.conversion import kernels_by_layer, never_pruned, outermost_layers
+from keras_renorm.layers.kernels import name_within
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 from keras_renorm.tables import format_table
 
@@ -91,16 +91,18 @@ def summary(model: keras.Model) -> Summary:
     """
     validation.check_model(model)
     rows, notes = [], []
+    kernels = kernels_by_layer(model)
     for layer in outermost_layers(model):
         masked = [kernel for part in masked_layers(layer) for kernel in part.masked_kernels]
         if masked:
             parts = masked_layers(layer)
             rows += [_masked_row(layer, part, kernel) for part in parts for kernel in part.masked_kernels]
             continue
-        try:
-            rows += [_plain_row(layer, kernel) for kernel in find_kernels(layer)]
-        except ValueError as error:
-            notes.append(f"Not pruned: {error}.")
+        found = kernels[id(layer)]
+        if isinstance(found, ValueError):
+            notes.append(f"Not pruned: {found}.")
+        else:
+            rows += [_plain_row(layer, kernel) for kernel in found]
     idle = never_pruned(model)
     return Summary(tuple(rows), tuple(notes + ([idle] if idle else [])))
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 
-from keras_renorm.conversion import copy_layer, rebuild
+from keras_renorm.conversion import copy_layer, copy_model, remade
+from keras_renorm.copying import Copier
 from keras_renorm.export.narrowing import narrow_layers
 from keras_renorm.export.repair import repair_head
 from keras_renorm.graph import functional_of
@@ -24,36 +25,41 @@ def prepare(model: keras.Model, quantize: str | None, unroll: bool, smallest: bo
     """
     notes = []
     if any(layer.compute_dtype != "float32" for layer in model._flatten_layers()):
-        model, _ = rebuild(model, _in_float32)
+        model, _ = copy_model(model, _in_float32)
         notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
     if functional_of(model) is None:
         return model, notes
-    if unroll and any(_unrolled(layer) for layer in model.layers):
-        model, _ = rebuild(model, _unrolled)
+    if unroll and any(_loops(layer) for layer in model._flatten_layers(include_self=False)):
+        model, _ = copy_model(model, _unrolled)
         notes.append("Recurrent layers are unrolled: TensorFlow's converter crashes where it calibrates a loop.")
     model, of_head = repair_head(model)
     model, of_width = narrow_layers(model, quantize, smallest)
     return model, notes + of_head + of_width
 
 
-def _in_float32(layer: keras.Layer) -> keras.Layer | None:
+def _in_float32(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
     """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
-    if all(part.compute_dtype == "float32" for part in layer._flatten_layers()):
+    if isinstance(layer, keras.Model) or all(part.compute_dtype == "float32" for part in layer._flatten_layers()):
         return None
-    return _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value)
+    return remade(copier, layer, _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value))
 
 
 def _is_policy(value: Any) -> bool:
     return isinstance(value, dict) and "DTypePolicy" in str(value.get("class_name"))
 
 
-def _unrolled(layer: keras.Layer) -> keras.Layer | None:
+def _unrolled(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
     """The layer, with recurrent layers in it, over a fixed number of steps without a loop; `None` if there is nothing to do."""
+    if isinstance(layer, keras.Model) or not _loops(layer):
+        return None
+    return remade(copier, layer, _reconfigured(layer, lambda key, value: True if key == "unroll" else value))
+
+
+def _loops(layer: keras.Layer) -> bool:
+    """Whether recurrent layers in it loop over a number of steps that is fixed."""
     loops = [part for part in layer._flatten_layers() if getattr(part, "unroll", None) is False]
     steps = [part._build_shapes_dict.get("input_shape", part._build_shapes_dict.get("sequences_shape")) for part in loops]
-    if not loops or any(shape is None or shape[1] is None for shape in steps):
-        return None
-    return _reconfigured(layer, lambda key, value: True if key == "unroll" else value)
+    return bool(loops) and not any(shape is None or shape[1] is None for shape in steps)
 
 
 def _reconfigured(layer: keras.Layer, change: Callable[[str, Any], Any]) -> keras.Layer:

@@ -72,10 +72,9 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
         self.supports_masking = layer.supports_masking
 
     def build(self, *args, **kwargs):
-        if self._builds_by_call():
-            self._call_symbolically(*args, **kwargs)
-        elif not self.layer.built:
-            self.layer.build(*args, **kwargs)
+        if not self.layer.built:
+            build = self._call_symbolically if self._builds_by_call() else self.layer.build
+            build(*args, **kwargs)
         # What an inner layer would compute anew in the backward pass would miss the masks, so only the wrapper as a whole does.
         for part in self.layer._flatten_layers():
             part._remat_mode = None
@@ -117,7 +116,7 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
         return self.layer.get_build_config()
 
     def build_from_config(self, config):
-        if self._builds_by_call():
+        if self._builds_by_call() and not self.layer.built:
             self.build(config["input_shape"])
             return
         if not self.layer.built:

@@ -16,7 +16,7 @@ from keras import ops
 from keras_renorm import allocation as allocations
 from keras_renorm import criteria, rounds, validation
 from keras_renorm.calibration import Samples
-from keras_renorm.conversion import plain_copy, rebuild, strip, to_prunable
+from keras_renorm.conversion import copy_model, plain_copy, strip, to_prunable
 from keras_renorm.criteria.base import CalibratedCriterion, score
 from keras_renorm.layers.masked import masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
@@ -159,7 +159,7 @@ def prune_iteratively(
             "`keras_renorm.methods.neural_relief` keeps."
         )
     if masked_layers(model):
-        pruned, _ = rebuild(model, lambda layer: None)
+        pruned, _ = copy_model(model)
     else:
         pruned = to_prunable(model, layers, None, "magnitude" if by_data else criterion, pattern, group, renormalize)
     settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=better, step=step, stop_early=stop_early, seed=seed)

@@ -15,7 +15,7 @@ from keras import ops
 from keras_renorm import rounds as loop
 from keras_renorm import validation
 from keras_renorm.calibration import Samples
-from keras_renorm.conversion import plain_copy, plain_variables, rebuild, strip, to_prunable
+from keras_renorm.conversion import copy_model, plain_copy, plain_variables, strip, to_prunable
 from keras_renorm.criteria import Activity
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.masking import assign_masks, remove_unread_units
@@ -163,7 +163,7 @@ def neural_relief(
         verbose=validation.check_verbose(verbose),
     )
     measure = evaluate or _evaluation(fit, metric)
-    pruned = rebuild(model, lambda layer: None)[0] if masked_layers(model) else to_prunable(model, layers, renormalize=None)
+    pruned = copy_model(model)[0] if masked_layers(model) else to_prunable(model, layers, renormalize=None)
     early = _early_weights(pruned, rewind)
     # `rounds` is no part of it: a run may go on for more of them.
     settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=plan.goal.better, seed=seed)

@@ -1,0 +1,171 @@
+"""Whether two models compute the same, seen by running them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+_SAMPLES = 2
+# Sides of inputs that a model leaves free, largest first: what is convolved and pooled has to be large enough.
+_FREE_SIDES = (32, 8, 64, 224)
+# Of the largest output. Layers that compute the same in another order differ by less.
+_TOLERANCE = 1e-3
+_TOLERANCE_IN_HALF = 5e-2
+
+
+def made_inputs(model: keras.Model, samples: int = _SAMPLES, free_side: int = _FREE_SIDES[0]) -> Any:
+    """Inputs for a model that nothing is known of but what it was built with, in the structure that it takes.
+
+    Args:
+        model: a built model.
+        samples: how many.
+        free_side: length of the axes that the model leaves free.
+
+    Returns:
+        Arrays, or `None` if the model does not tell the shapes of its inputs.
+    """
+    generator = np.random.default_rng(0)
+
+    def make(shape, dtype):
+        shape = [shape[0] or samples, *(side or free_side for side in shape[1:])]
+        if dtype == "string":
+            return ops.convert_to_tensor(np.array(["a", "b"])[generator.integers(0, 2, shape)])
+        if keras.backend.is_float_dtype(dtype):
+            return ops.convert_to_tensor(generator.standard_normal(shape).astype("float32"), dtype)
+        # Indices that every vocabulary has.
+        return ops.convert_to_tensor(generator.integers(0, 2, shape), dtype)
+
+    structure = getattr(model, "_inputs_struct", None)
+    if structure is None:
+        structure = getattr(getattr(model, "_functional", None), "_inputs_struct", None)
+    if structure is not None:
+        return keras.tree.map_structure(lambda tensor: make(tensor.shape, tensor.dtype), structure)
+    shapes = list((model._build_shapes_dict or {}).values())
+    if len(shapes) != 1:
+        return None
+    return keras.tree.map_shape_structure(lambda shape: make(shape, model.input_dtype), shapes[0])
+
+
+def check_same(
+    model: keras.Model, other: keras.Model, twins: Mapping[int, Any], what: str = "The copy", inputs: Any = None
+) -> None:
+    """Raise if two models do not compute the same.
+
+    Both are run on a few inputs, and nothing in them changes: no statistics, no states of random numbers.
+
+    Args:
+        model: a built model.
+        other: a model that should compute the same.
+        twins: for the `id` of a layer of `model`, the layer that `other` has in its place.
+        what: how to call `other` in the error.
+        inputs: samples in the structure that the models take; a few that are made up if `None`.
+
+    Raises:
+        ValueError: if they do not; the message names the first layer that differs.
+    """
+    for batch in [made_inputs(model, free_side=side) for side in _FREE_SIDES] if inputs is None else [inputs]:
+        try:
+            expected = _run(model, batch)
+        except Exception:
+            # What is made up is not what every model takes.
+            continue
+        break
+    else:
+        return
+    try:
+        received = _run(other, batch)
+    except Exception as error:
+        raise ValueError(
+            f"{what} of model '{model.name}' does not run where the model does: {error} Nothing was changed."
+        ) from error
+    in_half = any(layer.compute_dtype not in ("float32", "float64") for layer in model._flatten_layers())
+    differ = functools.partial(_differ, tolerance=_TOLERANCE_IN_HALF if in_half else _TOLERANCE)
+    if differ(expected, received) is None or differ(expected, _run(model, batch)) is not None:
+        # The second: a model that draws random numbers of its own answers differently each time.
+        return
+    layers = [layer for layer in model._flatten_layers(include_self=False) if id(layer) in twins]
+    seen = _record(lambda: _run(model, batch), {id(layer): layer for layer in layers})
+    made = _record(lambda: _run(other, batch), {id(layer): twins[id(layer)] for layer in layers})
+    for (key, one), (twin, another) in zip(seen, made):
+        difference = differ(one, another) if key == twin else None
+        if difference is not None:
+            layer = next(layer for layer in layers if id(layer) == key)
+            # A layer that is called within another one is seen first.
+            place = f"Layer '{layer.name}' (of type {type(layer).__name__}) is the first that differs: {difference}"
+            break
+    else:
+        place = f"Its outputs differ: {differ(expected, received)}"
+    raise ValueError(
+        f"{what} of model '{model.name}' does not compute what the model computes. {place}. Nothing was changed. A layer of "
+        "your own should hold what it computes with in variables and attributes, and not change outside of them."
+    )
+
+
+def _run(model: keras.Model, inputs: Any) -> list[np.ndarray]:
+    """The outputs of a model in inference, which leaves everything as it was."""
+    with keras.StatelessScope():
+        outputs = model(inputs, training=False) if model._call_has_training_arg else model(inputs)
+    return _arrays(outputs)
+
+
+def _arrays(outputs: Any) -> list[np.ndarray]:
+    return [np.asarray(ops.convert_to_numpy(value)) for value in keras.tree.flatten(outputs) if value is not None]
+
+
+def _differ(expected: list[np.ndarray], received: list[np.ndarray], tolerance: float = _TOLERANCE) -> str | None:
+    """How two lists of arrays differ, in words; `None` if they do not."""
+    shapes = [[tuple(value.shape) for value in values] for values in (expected, received)]
+    if shapes[0] != shapes[1]:
+        return f"shapes {shapes[0]} became {shapes[1]}"
+    for one, other in zip(expected, received):
+        if not np.issubdtype(one.dtype, np.number) and one.dtype.name not in ("bfloat16", "bool"):
+            if not np.array_equal(one, other):
+                return "other strings"
+            continue
+        one, other = one.astype(np.float64), other.astype(np.float64)
+        finite = np.isfinite(one)
+        if not np.array_equal(finite, np.isfinite(other)):
+            return "NaN or infinity elsewhere"
+        difference = float(np.abs(np.where(finite, one - other, 0)).max(initial=0))
+        reach = float(np.abs(one[finite]).max(initial=0))
+        if difference > tolerance * reach + math.ulp(reach):
+            return f"by {difference:.3g}, where its outputs reach {reach:.3g}"
+    return None
+
+
+def _record(run: Callable[[], Any], layers: Mapping[Any, keras.Layer]) -> list[tuple[Any, list[np.ndarray]]]:
+    """What layers give while something runs, in the order in which they give it."""
+    seen: list = []
+
+    def watch(key, layer):
+        call = layer.call
+
+        def recorded(*args, **kwargs):
+            outputs = call(*args, **kwargs)
+            with contextlib.suppress(Exception):
+                seen.append((key, _arrays(outputs)))
+            return outputs
+
+        return recorded
+
+    with contextlib.ExitStack() as stack:
+        for key, layer in layers.items():
+            stack.callback(_restore, layer, vars(layer).get("call"))
+            object.__setattr__(layer, "call", watch(key, layer))
+        with contextlib.suppress(Exception):
+            run()
+    return seen
+
+
+def _restore(layer: keras.Layer, call: Callable | None) -> None:
+    if call is None:
+        object.__delattr__(layer, "call")
+    else:
+        object.__setattr__(layer, "call", call)
