@@ -97,15 +97,33 @@ def to_prunable(
 
         def wrap(inner):
             wrapper.__init__(inner, name=layer.name, trainable=layer.trainable, **arguments)
+
+        def build(inner):
             wrapper.build_from_config(layer.get_build_config())
 
-        copier.copy_within(layer, wrap)
+        copier.copy_within(layer, wrap, build)
         return wrapper
 
     converted, _ = copy_model(model, convert)
+    _tell_what_does_not_load(converted)
     if from_zeros:
         _masks_from_zeros(converted)
     return converted
+
+
+def _tell_what_does_not_load(model: keras.Model) -> None:
+    names = [
+        f"'{part.name}' ({type(part).__name__})"
+        for part in model._flatten_layers()
+        if isinstance(part, _REBUILT) and masked_layers(part) and "layers" not in part.get_config()
+    ]
+    if names:
+        warnings.warn(
+            f"A `.keras` file of the prunable model will not load: what is saved of {', '.join(names)} are the arguments of its "
+            "constructor, which makes plain layers. Save with `save_weights` while it is prunable; after `keras_renorm.strip`, "
+            "`save` works as before.",
+            stacklevel=3,
+        )
 
 
 def _check_exchangeable(model: keras.Model) -> None:
@@ -378,6 +396,8 @@ def _start_from_zeros(layer: keras.Layer) -> list[tuple[keras.Layer, str, keras.
 def compile_like(rebuilt: keras.Model, model: keras.Model) -> None:
     """Compile a model as another one is, with a fresh optimizer."""
     try:
+        if type(model).compile is not keras.Model.compile:
+            raise ValueError(f"{type(model).__name__} has a `compile` of its own")
         rebuilt.compile_from_config(model.get_compile_config())
     except Exception as error:
         warnings.warn(

@@ -37,6 +37,12 @@ _FOREIGN = {"tensorflow", "tensorflow_text", "jax", "jaxlib", "torch", "numpy", 
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 # What a layer knows of calls; calls are copied with the models that they belong to.
 _OF_CALLS = {"_inbound_nodes": list, "_outbound_nodes": list, "_losses": list, "_loss_ids": set, "_losses_override": list}
+# TensorFlow's notes of what an object depends on are written anew.
+_OF_TENSORFLOW = {
+    *("_self_setattr_tracking", "_self_unconditional_checkpoint_dependencies", "_self_unconditional_dependency_names"),
+    *("_self_unconditional_deferred_dependencies", "_self_update_uid", "_self_name_based_restores"),
+    "_self_saveable_object_factories",
+}
 _OF_TRAINING = {"optimizer", "history", "stop_training", "_compile_config", "_compiled_trainable_state", "_eval_epoch_iterator"}
 
 
@@ -59,7 +65,7 @@ class Copier:
         self._methods_of: dict[type, dict[str, Callable]] = {}
         # What is to be done, one after the other: fill objects, convert layers, connect calls, and what waits for all this.
         self._todo: collections.deque = collections.deque()
-        self._conversions: collections.deque = collections.deque()
+        self._conversions: list[tuple[keras.Layer, tuple[Callable, ...]]] = []
         self._calls: collections.deque = collections.deque()
         self._last: collections.deque = collections.deque()
         parts = model._flatten_layers() if isinstance(model, keras.Layer) else [model]
@@ -72,16 +78,27 @@ class Copier:
             ValueError: if something cannot be copied and holds a part of the model.
         """
         result = self._copy(value)
-        for steps in (self._todo, self._conversions, self._calls, self._last):
-            while steps:
-                steps.popleft()()
+        _run(self._todo)
+        # A layer has more layers in it than each of these.
+        self._conversions.sort(key=lambda pair: len(pair[0]._flatten_layers()))
+        for number in range(2):
+            for layer, steps in self._conversions:
+                for step in steps[number : number + 1]:
+                    step(layer)
+        self._conversions.clear()
+        _run(self._calls)
+        _run(self._last)
         self._check_shared()
         return result
 
-    def copy_within(self, layer: keras.Layer, prepare: Callable[[keras.Layer], None]) -> keras.Layer:
-        """The copy of a layer in whose place something else comes; `prepare` gets it when it is complete."""
+    def copy_within(self, layer: keras.Layer, *steps: Callable[[keras.Layer], None]) -> keras.Layer:
+        """The copy of a layer in whose place something else comes.
+
+        When everything is copied, the steps get it: first the first step of each layer, then the second, of a layer after that of
+        the layers in it.
+        """
         new = self._object(layer)
-        self._conversions.append(lambda: prepare(new))
+        self._conversions.append((new, steps))
         return new
 
     def replace(self, original: Any, other: Any) -> None:
@@ -157,8 +174,7 @@ class Copier:
             state = {key: item for key, item in state.items() if key not in _OF_TRAINING} | _before_training(value)
         if isinstance(value, keras.Operation):
             state |= {key: make() for key, make in _OF_CALLS.items() if key in state}
-            # TensorFlow's notes of what an object depends on are written anew.
-            state = {key: item for key, item in state.items() if not key.startswith("_self_")}
+            state = {key: item for key, item in state.items() if key not in _OF_TENSORFLOW}
             state |= self._methods(value, state)
         if isinstance(value, keras.Layer):
             # Keras wraps them anew for each layer.
@@ -331,6 +347,11 @@ class Copier:
                     "changed."
                 )
         self._shared.clear()
+
+
+def _run(steps: collections.deque) -> None:
+    while steps:
+        steps.popleft()()
 
 
 def _blank(value: Any, state: dict) -> Any:

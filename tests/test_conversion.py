@@ -309,25 +309,29 @@ def test_functions_that_are_not_registered(layer):
     assert_same_outputs(model, kr.to_prunable(model), np.ones((2, 8), "float32"), rtol=0)
 
 
-def test_a_layer_that_cannot_be_made_anew_is_named():
+def test_a_layer_without_a_config_is_copied_as_it_is():
     class Secretive(L.Layer):
         def __init__(self, secret):
             super().__init__(name="secretive")
+            self.secret = secret
 
         def call(self, inputs):
-            return inputs
+            return inputs * self.secret
 
     model = keras.Sequential([keras.Input((8,)), L.Dense(4), Secretive(3)])
-    with pytest.raises(ValueError, match=r"(?s)Layer 'secretive' .*cannot be made anew.*get_config"):
-        kr.to_prunable(model, layers=L.Dense)
+    x = np.ones((2, 8), "float32")
+    for copy in (kr.to_prunable(model), kr.prune(model, 0.0), kr.strip(model)):
+        np.testing.assert_array_equal(copy(x), model(x))
+        assert copy.get_layer("secretive") is not model.get_layer("secretive")
 
 
-def test_a_subclass_of_sequential_is_told():
+def test_a_subclass_stays_what_it_is():
     class Mine(keras.Sequential):
         pass
 
-    with pytest.warns(UserWarning, match="is a Mine, the new one a plain Sequential"):
-        kr.to_prunable(Mine([keras.Input((8,)), L.Dense(4)]))
+    model = Mine([keras.Input((8,)), L.Dense(4)])
+    for copy in (kr.to_prunable(model), kr.prune(model, 0.5), kr.strip(model)):
+        assert type(copy) is Mine
 
 
 def test_a_model_that_is_partly_prunable_keeps_its_masks():
