@@ -54,6 +54,17 @@ def test_defaults_by_hand():
     assert renorm.LeastSquares().ridge == 0.01
     assert renorm.L1(max_scale=1).max_scale == 1
     assert [renorm.get(name) for name in ("l1", "l2")] == [renorm.L1(), renorm.L2()]
+    assert renorm.get("lstsq", calibrated=True) == renorm.LeastSquares()
+    assert renorm.get("auto") == renorm.L2(max_scale=2.0)
+    # Which can make up for what others lack.
+    assert [cls.compensates for cls in (renorm.CalibratedRenormalizer, renorm.MatchMoments, renorm.LeastSquares)] == [
+        False,
+        False,
+        True,
+    ]
+    for base in (renorm.Renormalizer(), renorm.CalibratedRenormalizer()):
+        with pytest.raises(NotImplementedError):
+            base(None, None, None)
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 1000])
@@ -152,7 +163,7 @@ def test_a_callable_is_taken_as_it_is():
     assert renorm.get(halve) is halve
 
 
-@pytest.mark.parametrize("max_scale", [0.5, 0, float("inf"), float("nan")])
+@pytest.mark.parametrize("max_scale", [0.5, 0, float("inf"), float("nan"), 2j])
 def test_max_scale_is_at_least_one(max_scale):
     with pytest.raises(ValueError, match="`max_scale` must be"):
         renorm.L1(max_scale=max_scale)
@@ -221,5 +232,6 @@ def test_names_need_samples():
     for name in ("moments", "lstsq", renorm.LeastSquares()):
         with pytest.raises(ValueError, match=r"needs samples.*calibration=samples"):
             renorm.get(name)
-    with pytest.raises(ValueError, match="`ridge` must be a positive number"):
-        renorm.LeastSquares(0)
+    for ridge in (0, -0.1, float("inf"), float("nan"), 1j):
+        with pytest.raises(ValueError, match="`ridge` must be a positive number"):
+            renorm.LeastSquares(ridge)
