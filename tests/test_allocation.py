@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_renorm import allocation
+from keras_renorm import allocation, arrays
 from keras_renorm.allocation import allocate
 from keras_renorm.masks import compute_mask
 
@@ -56,6 +56,106 @@ def test_lamp_by_hand():
     one, two = np.array([[1.0, 2.0, 3.0]]), np.array([[5.0, 5.0, 5.0]])
     assert allocate([one, two], 1 / 3, "lamp") == pytest.approx([2 / 3, 0])
     assert allocate([one, two], 1 / 2, "lamp") == pytest.approx([2 / 3, 1 / 3])
+
+
+def counts_of(sizes, keep, asked, most=1.0):
+    """How many weights stay, given `{number of kernels that are not settled: what is asked for them}`."""
+    kernels = [np.ones(size) for size in sizes]
+    sparsity = 1 - keep / sum(sizes)
+    sparsities = allocate(kernels, sparsity, lambda some, left: asked[len(some)], most)
+    return [round((1 - sparsity) * size, 6) for size, sparsity in zip(sizes, sparsities)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "most", "expected"),
+    [
+        # More than there is is divided among the others.
+        ((10, 100, 100), {3: [20, 10, 30], 2: [15, 35]}, 1.0, [10, 15, 35]),
+        # Less than the pattern leaves is taken from the others.
+        ((10, 100, 100), {3: [5, 4, 51], 2: [6, 24]}, (1.0, 0.7, 1.0), [6, 30, 24]),
+        # Over by 30 and under by 2: what is freed lifts the second above its least.
+        ((10, 100, 100), {3: [40, 8, 12], 2: [20, 30]}, (1.0, 0.9, 1.0), [10, 20, 30]),
+        # Over by 1 and under by 25: what is taken lowers the first below its size.
+        ((10, 100, 100), {3: [11, 5, 44], 2: [6, 24]}, (1.0, 0.7, 1.0), [6, 30, 24]),
+        # By 2 both: over first.
+        ((10, 100, 100), {3: [12, 8, 40], 2: [26, 24]}, (1.0, 0.9, 1.0), [10, 26, 24]),
+        # One after the other: 10, then 20, then the rest.
+        ((10, 20, 100), {3: [30, 15, 15], 2: [21, 29], 1: [30]}, 1.0, [10, 20, 30]),
+        # Everything is at its limits.
+        ((10, 50), {2: [20, 40], 1: [50]}, 1.0, [10, 50]),
+        # Every kernel keeps one weight, whatever is asked.
+        ((10, 100, 100), {3: [0, 0, 60], 2: [60], 1: [58]}, 1.0, [1, 1, 58]),
+    ],
+)
+def test_what_is_over_and_under_by_hand(sizes, asked, most, expected):
+    assert counts_of(sizes, 60, asked, most) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "keep", "asked", "expected"),
+    [
+        ((9, 9, 9), 10, [3.3, 3.3, 3.4], [3, 3, 4]),
+        ((9, 9, 9), 10, [2.5, 4.9, 2.6], [2, 5, 3]),
+        ((9, 9, 9), 4, [4 / 3] * 3, [2, 1, 1]),  # of equal remainders the first
+        ((9, 9, 9), 4, [1.5, 1 - 1e-12, 1.5], [2, 1, 1]),  # 1 but for rounding
+        ((9, 9, 9), 9, [1, 1, 1], [3, 3, 3]),
+        ((9, 9), 5, [1.1, 1.9], [2, 3]),
+        ((2, 9), 6, [1.9, 1.1], [2, 4]),  # no more than there is
+        ((9, 9), 9, [5.4, 5.7], [4, 5]),  # too many: those with the smallest remainders lose one
+        ((9, 9, 9), 8, [5.9, 3.2, 2.4], [5, 2, 1]),
+        ((9, 9, 9), 5, [1.2, 4.0, 1.3], [1, 3, 1]),  # none loses its last
+    ],
+)
+def test_remainders_by_hand(sizes, keep, asked, expected):
+    assert counts_of(sizes, keep, {len(sizes): asked}) == expected
+
+
+def test_where_the_limits_leave_no_choice():
+    # Patterns that remove a half of each cannot remove four fifths.
+    assert allocate([np.ones(10), np.ones(10)], 0.8, "uniform", most=0.5) == [0.5, 0.5]
+    assert allocate([np.ones(10), np.ones(10)], 0.6, "uniform", most=[0.5, 1.0]) == [0.5, 0.7]
+    # One weight for two kernels: a sparsity is below 1 all the same.
+    assert allocate([np.ones(4), np.ones(4)], 0.9) == [0.75, np.nextafter(1, 0)]
+    assert allocate([np.ones(4), np.ones(4)], 0.99) == [np.nextafter(1, 0)] * 2
+
+
+def test_defaults_by_hand():
+    # Half of what uniform gives (6, 2) and half of what sides of 12 and 8 give (4.8, 3.2): 5.4 and 2.6.
+    one, two = np.ones((2, 10)), np.ones((2, 6))
+    assert allocate([np.ones((3, 9)), np.ones((3, 3))], 0.5) == allocate([np.ones((3, 9)), np.ones((3, 3))], 0.5, "balanced")
+    np.testing.assert_allclose(allocation.uniform([one, two], 8), [5, 3])
+    np.testing.assert_allclose(allocation.erk([one, two], 8), [4.8, 3.2])
+    np.testing.assert_allclose(allocation.balanced([one, two], 8), [4.9, 3.1])
+    # A convolution's sides are all of them.
+    np.testing.assert_allclose(allocation.erk([np.ones((3, 3, 2, 8)), np.ones((2, 6))], 12), [8, 4])
+
+
+def test_ties_at_the_threshold_are_shared():
+    one, two = np.array([1.0, -1, 1, 1, 5]), np.array([1.0, 1, 0])
+    # Above is one; of the six that are equal three stay, in proportion.
+    np.testing.assert_allclose(allocation.global_([one, two], 4), [1 + 4 * 3 / 6, 2 * 3 / 6])
+    np.testing.assert_allclose(allocation.global_([one, two], 1), [1, 0])
+    np.testing.assert_allclose(allocation.global_([one, two], 8), [5, 3])
+    np.testing.assert_allclose(allocation.global_([one, two], 0), [0, 0])
+
+
+def test_lamp_with_zeros():
+    # 1 / 2, 1 and 0 / 25, 9 / 25, 16 / 16: two of the ones, then 9 / 25 after 1 / 2.
+    np.testing.assert_allclose(allocation.lamp([np.array([1.0, -1.0]), np.array([4.0, 3, 0])], 3), [2, 1])
+    np.testing.assert_allclose(allocation.lamp([np.array([1.0, -1.0]), np.array([4.0, 3, 0])], 4), [2, 2])
+    np.testing.assert_allclose(allocation.lamp([np.zeros(2), np.array([[4.0], [3]])], 2), [0, 2])
+
+
+def test_a_sample_that_misleads_changes_nothing(monkeypatch):
+    one, two = np.array([3.0, 1, 4, 1, 5]), np.array([9.0, 2, 6, 5])
+    for keep in range(10):
+        expected = allocation.global_([one, two], keep)
+        for low in (-np.inf, 1.0, 3.0, 4.5, 9.0, 10.0):
+            for high in (0.0, 1.0, 3.0, 5.0, 9.0, np.inf):
+                if low <= high:
+                    monkeypatch.setattr(arrays, "bracket", lambda sample, share, pair=(low, high): pair)
+                    np.testing.assert_array_equal(allocation.global_([one, two], keep), expected, f"{keep} {low} {high}")
+        monkeypatch.undo()
 
 
 def test_wrong_input():

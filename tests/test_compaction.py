@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
+from keras_renorm import channels
 
 L = keras.layers
 
@@ -282,6 +283,95 @@ def test_attention(arguments):
     small = check(model, {"q": (3, 5), "v": (3, 6)})
     assert small.get_layer("attention").query_dense.kernel.shape == (5, 2, 4)
     assert small.get_layer("attention").output_dense.kernel.shape[-1] == output.shape[-1] - 1
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "separable", "convolution"])
+def test_softmax_over_channels_needs_them_all(kind):
+    make = {
+        "depthwise": lambda: L.DepthwiseConv2D(3, activation="softmax", name="d"),
+        "separable": lambda: L.SeparableConv2D(4, 3, activation="softmax", name="d"),
+        "convolution": lambda: L.Conv2D(4, 3, activation="softmax", name="d"),
+    }[kind]
+    model = sequential((6, 6, 3), L.Conv2D(4, 1, name="a"), make(), L.Conv2D(5, 1, name="b"))
+    deafen(model.get_layer("b"), [1])
+    small = check(model, {"a": (1, 1, 3, 4), "b": (1, 1, 4, 5)})
+    # One that is constant before the softmax is not after it; what makes it need not be there.
+    kill(model.get_layer("a"), [2], biases=False)
+    small = kr.compact(model)
+    same_outputs(model, small)
+    assert tuple(small.get_layer("b").kernel.shape) == (1, 1, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("shared", "bias", "left"),
+    [
+        (None, -1.0, 4),  # each place makes something else of it
+        (None, 1.0, 3),
+        ([1, 2], -1.0, 3),
+    ],
+)
+def test_slopes_for_each_place_or_each_channel(shared, bias, left):
+    model = sequential((4, 4, 2), L.Conv2D(4, 1, name="a"), L.PReLU(shared_axes=shared), L.Conv2D(3, 3, name="b"))
+    kill(model.get_layer("a"), [1], biases=False)
+    model.get_layer("a").bias.assign([0.5, bias, 0.5, -0.5])
+    check(model, {"a": (1, 1, 2, left), "b": (3, 3, left, 3)})
+
+
+@pytest.mark.parametrize(("bias", "heads"), [(0.0, 2), (0.5, 3)])
+def test_a_head_without_values_may_have_a_bias(bias, heads):
+    model = attention_model()
+    attention = model.get_layer("attention")
+    kernel = ops.convert_to_numpy(attention.value_dense.kernel).copy()
+    kernel[:, 1] = 0
+    attention.value_dense.kernel.assign(kernel)
+    biases = ops.convert_to_numpy(attention.value_dense.bias).copy()
+    biases[1] = bias
+    attention.value_dense.bias.assign(biases)
+    assert check(model, {}).get_layer("attention").query_dense.kernel.shape[1] == heads
+
+
+def test_attention_without_any_head_keeps_one():
+    model = attention_model()
+    output = model.get_layer("attention").output_dense.kernel
+    output.assign(ops.zeros_like(output))
+    assert check(model, {}).get_layer("attention").query_dense.kernel.shape[1] == 1
+
+
+@pytest.mark.parametrize(("kind", "states"), [(L.LSTM, 2), (L.GRU, 1), (L.SimpleRNN, 1)])
+def test_initial_states_are_read_whole(kind, states):
+    inputs, other = keras.Input((6, 3)), keras.Input((3,))
+    x = L.Dense(5, name="a")(inputs)
+    initial = [L.Dense(4, name=f"state{index}")(other) for index in range(states)]
+    x = kind(4, name="rnn")(x, initial_state=initial)
+    model = randomize(keras.Model([inputs, other], L.Dense(2, name="b")(x)))
+    cell = model.get_layer("rnn").cell
+    kernel = ops.convert_to_numpy(cell.kernel).copy()
+    kernel[[0, 3]] = 0
+    cell.kernel.assign(kernel)
+    kill(model.get_layer("state0"), [1])
+    check(model, {"a": (3, 3), "state0": (3, 4), "rnn": (3, kernel.shape[1]), "b": (4, 2)})
+
+
+@pytest.mark.parametrize(("data_format", "left"), [("channels_last", 2), ("channels_first", 3)])
+def test_flatten_may_move_channels(data_format, left):
+    model = sequential((2, 2, 2), L.Conv2D(3, 1, name="a"), L.Flatten(data_format=data_format), L.Dense(2, name="b"))
+    # Where channels are innermost, these are all inputs of the second one.
+    deafen(model.get_layer("b"), [1, 4, 7, 10])
+    check(model, {"a": (1, 1, 2, left)})
+
+
+@pytest.mark.parametrize(("multiplier", "together"), [(1, True), (2, False)])
+def test_units_on_both_sides_of_a_depthwise_convolution_meet_in_sums(multiplier, together):
+    """Where it makes one channel of each."""
+    inputs = keras.Input((6, 6, 2))
+    x = L.Conv2D(4, 1, name="a")(inputs)
+    x = L.DepthwiseConv2D(3, padding="same", depth_multiplier=multiplier, name="d")(x)
+    other = L.Conv2D(4 * multiplier, 1, name="other")(inputs)
+    model = randomize(keras.Model(inputs, L.Conv2D(2, 1, name="b")(L.Add()([x, other]))))
+    ties = channels.find_ties(model)
+    groups = {name: ties.groups[id(model.get_layer(name).kernel)] for name in ("a", "other", "b")}
+    assert (groups["a"] == groups["other"]) == together
+    assert ties.of_outputs == {groups["b"]}
 
 
 # Graphs.

@@ -57,6 +57,82 @@ def test_n_of_m_keeps_at_most_n_of_every_run_of_channels(shape, group, generator
             assert kept.min() == 2
 
 
+def test_what_patterns_say_of_themselves():
+    assert patterns.Block().size == (4, 1)
+    assert patterns.Block([np.int64(3), 2]).size == (3, 2)
+    assert (patterns.NOfM().n, patterns.NOfM().m) == (2, 4)
+    assert [patterns.get(name).units_per_cell for name in ("unstructured", "n_of_m", "unit")] == [1, 1, None]
+    assert patterns.Block((3, 2)).units_per_cell == 2
+    assert [patterns.get(name).most for name in ("unstructured", "block", "unit")] == [1, 1, 1]
+    assert patterns.NOfM(1, 4).most == 0.75
+
+
+def test_cells_of_blocks_with_inputs_and_units_by_hand():
+    block = patterns.Block((2, 2))
+    scores = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0], [64.0, 128.0, 256.0]])
+    np.testing.assert_array_equal(block.cells(scores), [[1 + 2 + 8 + 16, 4 + 32], [64 + 128, 256]])
+    flags = np.array([[0, 0, 1], [0, 1, 0], [0, 0, 0]], bool)
+    np.testing.assert_array_equal(block.any(flags), [[True, True], [False, False]])
+    kept = np.array([[True, False], [False, True]])
+    expected = [[True, True, False], [True, True, False], [False, False, True]]
+    np.testing.assert_array_equal(block.expand(kept, (3, 3)), expected)
+    # A convolution's (height, width, channels, filters) as (height * width * channels, filters).
+    np.testing.assert_array_equal(block.cells(scores.reshape(3, 1, 1, 3)), block.cells(scores))
+    np.testing.assert_array_equal(block.expand(kept, (1, 3, 1, 3)), np.reshape(expected, (1, 3, 1, 3)))
+    np.testing.assert_array_equal(scores[0], [1, 2, 4])  # not written to
+
+
+@pytest.mark.parametrize(("size", "cells"), [((3, 1), [[7.0, 14.0]]), ((9, 9), [[21.0]]), ((1, 2), [[3.0], [6.0], [12.0]])])
+def test_blocks_as_large_as_the_kernel_or_larger(size, cells):
+    scores = np.array([[1.0, 2.0], [2.0, 4.0], [4.0, 8.0]])
+    np.testing.assert_array_equal(patterns.Block(size).cells(scores), cells)
+    assert patterns.Block(size).expand(np.ones(np.shape(cells), bool), (3, 2)).all()
+
+
+def test_blocks_of_a_row_of_units():
+    """As `any` is asked which units are read."""
+    read = np.array([[True, False, False, False, True]])
+    np.testing.assert_array_equal(patterns.Block((4, 2)).any(read), [[True, False, True]])
+    np.testing.assert_array_equal(patterns.get("unit").any(read), read)
+    np.testing.assert_array_equal(patterns.get("unstructured").any(read[None, None]), read)
+
+
+def test_cells_of_units_by_hand():
+    unit = patterns.get("unit")
+    scores = np.arange(8.0).reshape(2, 1, 2, 2)
+    np.testing.assert_array_equal(unit.cells(scores), [[0 + 2 + 4 + 6, 1 + 3 + 5 + 7]])
+    np.testing.assert_array_equal(unit.any(scores == 2), [[True, False]])
+    mask = unit.expand(np.array([[True, False]]), (2, 1, 2, 2))
+    np.testing.assert_array_equal(mask, np.broadcast_to([True, False], (2, 1, 2, 2)))
+    assert mask.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "scores", "expected"),
+    [
+        (2, 4, [1, 4, 2, 3, 5], [0, 1, 0, 1, 1]),  # a run of 1 at the end
+        (2, 4, [1, 4, 2, 3, 5, 6, 4], [0, 1, 0, 1, 1, 1, 0]),  # of 3
+        (1, 4, [1, 4, 2, 3, 5, 6], [0, 1, 0, 0, 0, 1]),  # of 2
+        (2, 4, [3, 2, 1], [1, 1, 0]),  # nothing else
+        (2, 4, [-np.inf] * 7, [1, 1, 0, 0, 1, 1, 0]),  # what fills a run up is not taken for a weight
+        (1, 3, [-5, -4, -4, -7, -6], [0, 1, 0, 0, 1]),
+    ],
+)
+def test_n_of_m_with_short_runs(n, m, scores, expected):
+    cells = patterns.NOfM(n, m).cells(np.array(scores, float)[:, None])
+    assert cells.shape == (len(scores), 1)
+    np.testing.assert_array_equal(cells[:, 0] == np.inf, np.array(expected, bool))
+    np.testing.assert_array_equal(cells[cells < np.inf], np.array(scores, float)[~np.array(expected, bool)])
+
+
+def test_n_of_m_takes_as_much_as_it_can_give_whatever_the_rounding():
+    for n, m in ((1, 3), (2, 3), (1, 10), (7, 10)):
+        patterns.NOfM(n, m).check(1 - n / m, "layer")
+        patterns.NOfM(n, m).check((m - n) / m, "unit")
+        with pytest.raises(ValueError, match="at most"):
+            patterns.NOfM(n, m).check((m - n) / m + 1e-6, "layer")
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (3, 8)])
 @pytest.mark.parametrize("shape", [(1003, 300), (3, 3, 130, 150)])
 def test_n_of_m_in_large_kernels_is_what_sorting_every_run_gives(n, m, shape, generator):
@@ -85,13 +161,13 @@ def test_units_cannot_compete_within_a_unit():
         compute_mask(np.ones((2, 2)), 0.5, "unit", group="unit")
 
 
-@pytest.mark.parametrize("size", [(0, 1), (4,), (4, 1, 1), (1.5, 2)])
+@pytest.mark.parametrize("size", [(0, 1), (4, 0), (4,), (4, 1, 1), (1.5, 2), (4, 1.5)])
 def test_block_of_a_wrong_size(size):
     with pytest.raises(ValueError, match="`size` must be two positive integers"):
         patterns.Block(size)
 
 
-@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (1.5, 4)])
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (1.5, 4), (2, 4.5)])
 def test_n_of_m_of_wrong_numbers(n, m):
     with pytest.raises(ValueError, match="0 < n < m"):
         patterns.NOfM(n, m)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -104,6 +105,115 @@ def test_steps_out_of_range(steps, argument):
     begin, end, frequency = steps
     with pytest.raises(ValueError, match=f"`{argument}` must"):
         schedules.PolynomialDecay(0, 0.5, begin, end, frequency=frequency)
+
+
+def test_before_the_beginning_and_after_the_end_by_hand():
+    constant = schedules.ConstantSparsity(0.5, 10, 30, 10)
+    assert [constant(step) for step in (0, 9, 10, 11, 20, 30, 31, 40)] == [
+        (event, 0.5) for event in (False, False, True, False, True, True, False, False)
+    ]
+    decay = schedules.PolynomialDecay(0.2, 0.6, 10, 30, power=1, frequency=5)
+    assert decay(0) == (False, pytest.approx(0.2))
+    assert decay(5) == (False, pytest.approx(0.2))
+    assert decay(10) == (True, pytest.approx(0.2))
+    assert decay(15) == (True, pytest.approx(0.3))
+    assert decay(16) == (False, pytest.approx(0.32))
+    assert decay(30) == (True, pytest.approx(0.6))
+    assert decay(35) == (False, pytest.approx(0.6))
+    assert decay(1000) == (False, pytest.approx(0.6))
+
+
+def test_a_beginning_that_is_the_end():
+    decay = schedules.PolynomialDecay(0.2, 0.6, 5, 5)
+    assert [decay(step) for step in (4, 5, 6, 105)] == [(False, 0.2), (True, 0.6), (False, 0.6), (False, 0.6)]
+
+
+def test_initial_above_final_by_hand():
+    decay = schedules.PolynomialDecay(0.8, 0.4, 0, 20, power=2, frequency=5)
+    assert [decay(step)[1] for step in (0, 5, 10, 20)] == pytest.approx([0.8, 0.4 + 0.4 * 0.75**2, 0.5, 0.4])
+    assert decay.max_sparsity == 0.8
+    assert schedules.PolynomialDecay(0.4, 0.8, 0, 20).max_sparsity == 0.8
+    assert schedules.ConstantSparsity(0.3, 0).max_sparsity == 0.3
+
+
+def test_defaults_by_hand():
+    constant = schedules.ConstantSparsity(0.5, 3)
+    assert (constant.begin_step, constant.end_step, constant.frequency) == (3, -1, 100)
+    assert constant(3 + 10**6)[0]
+    assert not constant(3 + 10**6 + 1)[0]
+    decay = schedules.PolynomialDecay(0.0, 0.8, 0, 200)
+    assert (decay.power, decay.frequency) == (3, 100)
+    assert decay(100) == (True, pytest.approx(0.8 * (1 - 0.5**3)))
+
+
+def test_the_smallest_arguments_and_arguments_of_numpy():
+    schedule = schedules.ConstantSparsity(0, np.int64(0), np.int64(0), np.int64(1))
+    assert [schedule(step) for step in (0, 1)] == [(True, 0), (False, 0)]
+    assert {type(value) for value in (schedule.begin_step, schedule.end_step, schedule.frequency)} == {int}
+    assert schedule(np.int64(0)) == (True, 0)
+    with pytest.raises(ValueError, match="`end_step` must be -1"):
+        schedules.ConstantSparsity(0.5, 5, -2)
+    with pytest.raises(ValueError, match="`initial_sparsity`"):
+        schedules.PolynomialDecay(1.0, 0.5, 0, 10)
+    with pytest.raises(NotImplementedError):
+        schedules.PruningSchedule(0, 10, 1)(0)
+
+
+def test_nothing_is_a_schedule_of_nothing():
+    assert schedules.get(None) is None
+    assert schedules.serialize(None) is None
+
+
+def test_a_schedule_that_fails_names_step_and_reason():
+    def schedule(step):
+        return step == 0, step
+
+    with pytest.raises(ValueError, match=r"which at step 3 fails with: .*\[0, 1\).*3"):
+        schedules.evaluate(schedule, 3)
+
+
+NESTED = {"class_name": "Gone", "config": {}}
+
+
+def test_a_class_that_is_not_known_here_says_what_to_do():
+    config = {"tfmot_schedule": {"module": "mine", "registered_name": "tests>Gone", **NESTED}}
+    with pytest.raises(ValueError, match=r"of class 'Gone', which is not known here.*custom_objects=\{'tests>Gone': Gone\}"):
+        schedules.get(config)
+    config["tfmot_schedule"]["module"] = "tensorflow_model_optimization"
+    with pytest.raises(ValueError, match="of class 'Gone', which is not known here"):
+        schedules.get(config)
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_an_import_leaves_the_choice_of_keras_as_it_was(before, monkeypatch):
+    monkeypatch.delenv("TF_USE_LEGACY_KERAS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TF_USE_LEGACY_KERAS", before)
+
+    def import_module(module):
+        os.environ["TF_USE_LEGACY_KERAS"] = "1"
+        return module
+
+    monkeypatch.setattr(schedules.importlib, "import_module", import_module)
+    assert schedules._import_quietly("tensorflow_model_optimization") == "tensorflow_model_optimization"
+    assert os.environ.get("TF_USE_LEGACY_KERAS") == before
+
+
+def test_a_class_of_tfmots_that_is_not_registered_is_found_in_its_module(tfmot, monkeypatch):
+    """As for a model that was saved with a schedule of a newer tfmot."""
+
+    class Quarter(tfmot.PruningSchedule):
+        def __call__(self, step):
+            return step > 0, 0.25
+
+        def get_config(self):
+            return {"class_name": "Quarter", "config": {}}
+
+    Quarter.__module__ = "tensorflow_model_optimization.somewhere"
+    config = schedules.serialize(Quarter())
+    assert config["tfmot_schedule"]["module"] == Quarter.__module__
+    monkeypatch.setattr(schedules, "_import_quietly", lambda module: types.SimpleNamespace(Quarter=Quarter))
+    assert isinstance(schedules.get(config), Quarter)
 
 
 TF_KERAS = """

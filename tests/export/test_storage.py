@@ -81,6 +81,171 @@ def test_all_that_work_are_found(bad):
     assert bool(bad) or len(tried) == 1
 
 
+@pytest.mark.parametrize(
+    ("innermost", "stored", "indices", "segments"),
+    [
+        (256, 255, "uint8", "uint8"),
+        (257, 255, "uint16", "uint8"),
+        (256, 256, "uint8", "uint16"),
+        (65536, 65535, "uint16", "uint16"),
+        (65537, 65536, "int32", "int32"),
+    ],
+)
+def test_how_many_places_a_byte_tells_apart(innermost, stored, indices, segments):
+    values = np.zeros((2, innermost), "int8")
+    values.reshape(-1)[-stored:] = 1
+    encoded = encode(values, Layout((0, 1)))
+    assert (encoded.indices.dtype, encoded.segments.dtype) == (indices, segments)
+    sizes = np.dtype(indices).itemsize, np.dtype(segments).itemsize
+    assert storage.encoded_bytes(values, Layout((0, 1))) == encoded.bytes == stored * (1 + sizes[0]) + 3 * sizes[1]
+    np.testing.assert_array_equal(decode(encoded, Layout((0, 1)), values.shape), values)
+
+
+def scattered(shape, stored, blocks):
+    """A matrix with so many values that are not zero in so many blocks of 4."""
+    values = np.zeros(shape, "float32").reshape(-1, 4)
+    values[:blocks, 0] = 1
+    rest = np.flatnonzero(np.arange(4 * blocks) % 4)[: stored - blocks]
+    values.reshape(-1)[rest] = 1
+    assert (np.count_nonzero(values), np.count_nonzero(values.any(axis=1))) == (stored, blocks)
+    return values.reshape(shape)
+
+
+def test_when_storing_sparse_is_worth_it():
+    """Of 16384 bytes 90 % less 512 are 14233.6; a value takes 5 along rows of 256, and 17 segments take 2."""
+    assert choose_layout(scattered((16, 256), 2839, 1024)) == Layout((0, 1))  # 5 * 2839 + 34
+    assert choose_layout(scattered((16, 256), 2840, 1024)) is None
+
+
+def test_when_blocks_are_worth_it():
+    """1000 values take 5034 bytes, a tenth more are 5537.4; a block takes 17, and 17 segments take 2."""
+    assert choose_layout(scattered((16, 256), 1000, 323), block=4) == Layout((0, 1), 4, direct=True)  # 17 * 323 + 34
+    assert choose_layout(scattered((16, 256), 1000, 324), block=4) == Layout((0, 1))
+    assert choose_layout(scattered((16, 256), 1000, 323)) == Layout((0, 1))
+    # Rows of 258 are no whole blocks, and more places than a byte tells apart: 6 * 1000 + 34 against 5 * 1000 + 259 * 2.
+    assert choose_layout(np.pad(scattered((16, 256), 1000, 250), ((0, 0), (0, 2))), block=4) == Layout((1, 0))
+    # The first of layouts that take as much.
+    cube = np.zeros((8, 8, 8, 8), "float32")
+    cube[0, 0, 0, 0] = 1
+    assert choose_layout(cube) == Layout((1, 2, 3, 0))
+
+
+def file_of(tensors, operators):
+    """A file: constants by their names (several names may share one array), and operations with the names of their inputs."""
+    schema = flatbuffer.schema()
+    arrays = list({id(values): values for values in tensors.values()}.values())
+    buffers = [flatbuffer.make("Buffer")]
+    buffers += [flatbuffer.make("Buffer", data=np.frombuffer(values.tobytes(), np.uint8)) for values in arrays]
+    kinds = {"float32": schema.TensorType.FLOAT32, "int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}
+    graph = flatbuffer.make("SubGraph", inputs=np.array([0], np.int32), outputs=np.array([1], np.int32))
+    names = ["x", "y", *tensors]
+    variable = dict(shape=np.array([1, 4], np.int32), type=schema.TensorType.FLOAT32, buffer=0)
+    graph.tensors = [flatbuffer.make("Tensor", name=name.encode(), **variable) for name in names[:2]]
+    for name, values in tensors.items():
+        place = 1 + next(index for index, one in enumerate(arrays) if one is values)
+        shape = np.array(values.shape, np.int32)
+        graph.tensors.append(
+            flatbuffer.make("Tensor", name=name.encode(), shape=shape, type=kinds[values.dtype.name], buffer=place)
+        )
+    model = flatbuffer.make("Model", version=3, buffers=buffers, subgraphs=[graph], operatorCodes=[])
+    graph.operators = []
+    for kind, inputs in operators:
+        index = flatbuffer.operator_index(model, getattr(schema.BuiltinOperator, kind), 1)
+        inputs = None if inputs is None else np.array([-1 if name is None else names.index(name) for name in inputs], np.int32)
+        operator = flatbuffer.make("Operator", opcodeIndex=index, inputs=inputs, outputs=np.array([1], np.int32))
+        graph.operators.append(operator)
+    return flatbuffer.pack(model)
+
+
+FULLY_CONNECTED, CONV = "FULLY_CONNECTED", "CONV_2D"
+
+
+def stored(tensors, operators, **arguments):
+    """Of which tensors a file can leave the zeros out, which are slower so, and which fail."""
+    whole = storage.Storage(file_of(tensors, operators), **arguments)
+    return tuple([whole.name(place) for place in places] for places in (whole.candidates, whole.slower, whole.fails))
+
+
+def sparse(dtype="float32", block=1, shape=(64, 128)):
+    values = np.zeros(shape, dtype).reshape(-1, block)
+    values[::10] = 1
+    return values.reshape(shape)
+
+
+def test_weights_are_what_an_operation_reads_second():
+    values = sparse(block=4)
+    layouts = {}
+    for name, inputs in {"weights": ["x", "w"], "first": ["w", "x"], "bias": ["x", "x", "w"]}.items():
+        whole = storage.Storage(file_of({"w": values}, [(FULLY_CONNECTED, inputs)]))
+        layouts[name] = [whole._layouts[place].direct for place in whole.candidates]
+    assert layouts == {"weights": [True], "first": [False], "bias": [False]}
+    # Of two that read it one cannot skip blocks.
+    for other in ((CONV, ["x", "w"]), (FULLY_CONNECTED, ["w", "x"])):
+        whole = storage.Storage(file_of({"w": values}, [(FULLY_CONNECTED, ["x", "w"]), other]))
+        assert [whole._layouts[place].direct for place in whole.candidates] == [False]
+
+
+def test_what_is_left_alone():
+    operators = [(FULLY_CONNECTED, ["x", "one", None]), (FULLY_CONNECTED, ["x", "other"]), ("ADD", None)]
+    one, other = sparse(), sparse()
+    assert stored({"one": one, "other": other}, operators) == (["one", "other"], [], [])
+    # Buffers that tensors share, what nothing reads, vectors, other types, what has hardly a zero.
+    assert stored({"one": one, "other": one}, operators) == ([], [], [])
+    assert stored({"one": one, "other": other}, operators[:1]) == (["one"], [], [])
+    assert stored({"one": one.reshape(-1), "other": other.astype("int32")}, operators) == ([], [], [])
+    assert stored({"one": np.ones_like(one), "other": other}, operators) == (["other"], [], [])
+
+
+def test_integers_by_hand():
+    for kind, block, smallest, expected in [
+        (FULLY_CONNECTED, 16, False, (["w"], [], [])),
+        (FULLY_CONNECTED, 1, False, ([], ["w"], [])),
+        (FULLY_CONNECTED, 1, True, (["w"], [], [])),
+        (FULLY_CONNECTED, 4, False, ([], ["w"], [])),  # blocks of 16 are those that are read
+        (CONV, 16, False, ([], [], ["w"])),
+        (CONV, 1, True, ([], [], ["w"])),
+    ]:
+        assert stored({"w": sparse("int8", block)}, [(kind, ["x", "w"])], smallest=smallest) == expected, (kind, block)
+
+
+def test_a_file_by_hand():
+    """One tensor in blocks, one unpacked before its two uses, one in full."""
+    blocks, single, full = sparse(block=4), sparse(), sparse()
+    operators = [(FULLY_CONNECTED, ["x", "blocks"]), (CONV, ["x", "single"]), ("ADD", ["single", "full"])]
+    whole = storage.Storage(file_of({"blocks": blocks, "single": single, "full": full}, operators))
+    model = flatbuffer.parse(whole.write(whole.candidates[:2], {"by": "hand"}))
+    (graph,) = model.subgraphs
+    tensors = {tensor.name.decode(): tensor for tensor in graph.tensors}
+    kinds = [flatbuffer.operator_name(model, operator) for operator in graph.operators]
+    names = [[graph.tensors[index].name.decode() for index in operator.inputs] for operator in graph.operators]
+    assert list(zip(kinds, names)) == [
+        ("DENSIFY", ["single"]),
+        (FULLY_CONNECTED, ["x", "blocks"]),
+        (CONV, ["x", "single/dense"]),
+        ("ADD", ["single/dense", "full"]),
+    ]
+    assert [graph.tensors[index].name.decode() for index in graph.operators[0].outputs] == ["single/dense"]
+    assert tensors["single/dense"].shape.tolist() == [64, 128]
+    # XNNPACK leaves the version alone that reads blocks.
+    assert [model.operatorCodes[operator.opcodeIndex].version for operator in graph.operators] == [1, 8, 1, 1]
+    for name, values in {"blocks": blocks, "single": single}.items():
+        layout = whole._layouts[whole.candidates[0 if name == "blocks" else 1]]
+        sparsity, encoded = tensors[name].sparsity, encode(values, layout)
+        axes = sparsity.dimMetadata
+        assert [axis.format for axis in axes[:2]] == [0, 1]
+        assert axes[0].denseSize == values.shape[layout.order[0]]
+        assert np.asarray(axes[1].arraySegments.values).tolist() == encoded.segments.tolist()
+        assert np.asarray(axes[1].arrayIndices.values).tolist() == encoded.indices.tolist()
+        assert model.buffers[tensors[name].buffer].data.tobytes() == encoded.values.tobytes()
+    assert tensors["blocks"].sparsity.traversalOrder.tolist() == [0, 1, 2]
+    assert tensors["blocks"].sparsity.blockMap.tolist() == [1]
+    assert (tensors["blocks"].sparsity.dimMetadata[2].format, tensors["blocks"].sparsity.dimMetadata[2].denseSize) == (0, 4)
+    assert tensors["single"].sparsity.blockMap is None
+    assert sorted(tensors["single"].sparsity.traversalOrder.tolist()) == [0, 1]
+    assert tensors["full"].sparsity is None
+    assert flatbuffer.read_metadata(whole.write([], {"by": "hand"})) == {"by": "hand"}
+
+
 needs_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="export needs TensorFlow")
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
+from keras_renorm.layers.masked import PRUNING_ARGUMENTS, masked_layers, plain_values, plain_variables, sparsity_of
 
 
 def dense(kernel, **pruning):
@@ -140,6 +141,131 @@ def test_a_renormalizer_that_answers_wrongly_changes_nothing(answer):
     with pytest.raises(ValueError, match=r"`renormalize` must give one finite scale a unit.*\(1, 2\)"):
         layer.update_masks(0.5)
     assert layer.mask.numpy().all()
+
+
+def settled(kernel):
+    """A layer whose promise that masked values are zero no longer holds: another optimizer filled them."""
+    layer = dense(kernel, renormalize=None)
+    layer.update_masks(0.5)
+    (one,) = layer.masked_kernels
+    if one.settled is None:
+        pytest.skip("no layer settles on this backend")
+    one.settled.assign(True)
+    return layer
+
+
+def outputs_of(layer, training):
+    inputs = np.eye(layer.kernel.shape[0], dtype="float32")
+    return keras.ops.convert_to_numpy(layer(inputs, training=training))
+
+
+def test_masks_are_applied_in_full_where_nothing_is_trained():
+    layer = settled([[1.0, 2.0], [3.0, 4.0]])
+    for training in (False, None):
+        np.testing.assert_array_equal(outputs_of(layer, training), [[0, 0], [3, 4]])
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer.masked_kernels[0].effective()), [[0, 0], [3, 4]])
+
+
+def test_a_promise_ends_where_masks_change():
+    layer = settled([[1.0, 2.0], [3.0, 4.0]])
+    mask, scale = np.array([[True, False], [False, True]]), np.ones(2)
+    assert layer.assign_masks([(mask, scale)])
+    np.testing.assert_array_equal(outputs_of(layer, training=True), [[1, 0], [0, 4]])
+    assert not layer.assign_masks([(mask, scale)])
+    assert layer.assign_masks([(mask, 2 * scale)])
+    np.testing.assert_array_equal(outputs_of(layer, training=True), [[2, 0], [0, 8]])
+
+
+def test_a_promise_ends_where_weights_are_loaded(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), settled([[1.0, 2.0], [3.0, 4.0]])])
+    other = keras.Sequential([keras.Input((2,)), dense([[5.0, 6.0], [7.0, 8.0]])])
+    other.layers[0].mask.assign([[True, False], [False, True]])
+    other.save_weights(tmp_path / "other.weights.h5")
+    model.load_weights(tmp_path / "other.weights.h5")
+    np.testing.assert_array_equal(outputs_of(model.layers[0], training=True), [[5, 0], [0, 8]])
+
+
+def test_sparsity_is_the_mean_over_weights():
+    """Not over layers or kernels: 2 of 4 and 2 of 12 are 4 of 16."""
+    model = keras.Sequential([keras.Input((2,)), dense(np.ones((2, 2))), dense(np.ones((2, 6)))])
+    for layer in model.layers:
+        mask = np.ones(layer.mask.shape, bool)
+        mask[0, :2] = False
+        layer.mask.assign(mask)
+    assert [layer.sparsity for layer in model.layers] == [0.5, 1 - 10 / 12]
+    assert [layer.count_kept() for layer in model.layers] == [(2, 4), (10, 12)]
+    assert sparsity_of(model) == 0.25
+    recurrent = kr.layers.RenormalizedPruning(keras.layers.SimpleRNN(2))
+    recurrent.build((None, 3, 4))
+    # A kernel of 4 x 2 and a recurrent one of 2 x 2.
+    recurrent.masked_kernels[0].mask.assign(np.zeros((4, 2), bool))
+    assert recurrent.count_kept() == (4, 12)
+    assert recurrent.sparsity == 1 - 4 / 12
+
+
+def test_what_belongs_to_the_plain_layer():
+    layer = kr.layers.PrunableDense(2)
+    layer.build((None, 3))
+    layer.kernel.assign([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    layer.mask.assign([[True, False], [True, True], [False, True]])
+    layer.scale.assign([2.0, -1.0])
+    assert [variable.name for variable in plain_variables(layer)] == ["kernel", "bias"]
+    assert len(layer.variables) == 5
+    kernel, bias = map(keras.ops.convert_to_numpy, plain_values(layer))
+    np.testing.assert_array_equal(kernel, [[2, 0], [6, -4], [0, -6]])
+    np.testing.assert_array_equal(bias, [0, 0])
+    assert masked_layers(layer) == [layer]
+    assert masked_layers(kr.layers.PrunableDense(2)) == []  # not built
+
+
+def test_one_sparsity_for_each_kernel():
+    recurrent = kr.layers.RenormalizedPruning(keras.layers.SimpleRNN(4))
+    recurrent.build((None, 3, 4))
+    masks = [mask for mask, _ in recurrent.compute_masks([0.25, 0.5])]
+    assert [np.count_nonzero(~mask) for mask in masks] == [4, 8]
+    assert recurrent.count_kept() == (32, 32)  # nothing was assigned
+    with pytest.raises(ValueError, match="zip"):
+        recurrent.compute_masks([0.25])
+    scores = {id(kernel.variable): np.arange(16.0).reshape(4, 4) for kernel in recurrent.masked_kernels}
+    for mask, _ in recurrent.compute_masks(0.5, scores=scores):
+        np.testing.assert_array_equal(mask, np.arange(16).reshape(4, 4) >= 8)
+
+
+def test_units_that_nothing_reads_lose_their_weights_first():
+    layer = dense([[4.0, 1.0], [3.0, 2.0]])
+    ((mask, _),) = layer.compute_masks(0.5, read=np.array([False, True]))
+    np.testing.assert_array_equal(mask, [[False, True], [False, True]])
+
+
+@pytest.mark.parametrize(("written", "restored", "saved"), [(False, None, 7), (True, None, 7), (False, 3, 3), (True, 3, 3)])
+def test_the_step_is_written_when_asked_and_when_saved(written, restored, saved, tmp_path):
+    model = keras.Sequential([keras.Input((2,)), dense(np.ones((2, 2)))])
+    (layer,) = model.layers
+    assert int(layer.pruning_step) == -1
+    layer.count_steps(5, write=True)
+    layer.count_steps(7, write=written)
+    assert int(layer.pruning_step) == (7 if written else 5)
+    if restored is not None:  # as by restoring the best weights
+        layer.pruning_step.assign(restored)
+    model.save_weights(tmp_path / "model.weights.h5")
+    assert int(layer.pruning_step) == saved
+    layer.pruning_step.assign(0)
+    model.load_weights(tmp_path / "model.weights.h5")
+    assert int(layer.pruning_step) == saved
+
+
+def test_defaults_and_config():
+    layer = kr.layers.PrunableDense(2)
+    assert (layer.group, layer.regrow, layer.pruning_schedule) == ("layer", False, None)
+    config = layer.get_config()
+    assert {config[name] for name in ("group", "regrow")} == {"layer", False}
+    assert set(PRUNING_ARGUMENTS) <= set(config)
+    assert layer.renormalize == kr.renorm.L2(max_scale=2.0)
+    assert kr.layers.PrunableDense(2, group="unit").renormalize == kr.renorm.L2()
+    with pytest.raises(ValueError, match="`group` must be one of"):
+        kr.layers.PrunableDense(2, group="filter")
+    with pytest.raises(ValueError, match="`regrow` must be one of"):
+        kr.layers.PrunableDense(2, regrow="yes")
 
 
 def test_a_schedule_that_the_pattern_cannot_give():
