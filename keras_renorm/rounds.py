@@ -6,14 +6,12 @@ A method says how a round prunes; here are the training, the check against a flo
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
-import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,6 +20,8 @@ from keras import ops
 from keras_renorm import plots, validation
 from keras_renorm.layers.masked import masked_layers, sparsity_of
 from keras_renorm.optimizers import IrrelevanceDecay
+from keras_renorm.run_folder import RunFolder, digest
+from keras_renorm.serialization import Configurable
 
 LARGER_IS_BETTER = ("acc", "accuracy", "auc", "precision", "recall", "f1_score", "iou", "r2_score")
 SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse", "crossentropy")
@@ -148,14 +148,28 @@ def run_rounds(
 
     Raises:
         ValueError: if the metric is not in the logs, the dense model does not hold the floor, or the directory holds the state
-            of another run.
+            of another run, is used by another run now, or holds a damaged state.
     """
-    goal = plan.goal
     if model.compiled and model.optimizer:
         model.optimizer.build(model.trainable_variables)
+    if directory is None:
+        return _run(model, prune, plan, None, first, reset_optimizer)
+    with RunFolder(directory, _what_it_is(model, settings or {})) as folder:
+        return _run(model, prune, plan, folder, first, reset_optimizer)
+
+
+def _run(
+    model: keras.Model,
+    prune: Callable[[float], dict[str, Any]],
+    plan: Plan,
+    folder: RunFolder | None,
+    first: Callable[[], tuple[float, dict]] | None,
+    reset_optimizer: bool,
+) -> State:
+    goal = plan.goal
     fresh = [_copy(variable) for variable in _optimizer_variables(model)]
-    folder = Folder(directory, model, dict(settings or {})) if directory else None
-    state = folder.read() if folder else None
+    began = _weights_digest(model) if folder else ""
+    state = _read(folder, model, began) if folder else None
     if state is None:
         keras.utils.set_random_seed(plan.seed)
         started = time.monotonic()
@@ -170,11 +184,11 @@ def run_rounds(
                 + ("" if floor is None else f", and floor={floor:.6g}")
                 + f"{f' ({note})' if note else ''}. Train it longer, or lower the floor."
             )
-        state = State(floor, plan.step, [], [])
+        state = State(floor, plan.step, [], [], began)
         row = Round(0, sparsity_of(model), 0.0, value, True, epochs, time.monotonic() - started, details=details)
         state.accept(row, model)
         if folder:
-            folder.write(state)
+            _write(folder, state)
     progress = keras.utils.Progbar(
         plan.max_rounds, verbose=plan.verbose, unit_name="round", stateful_metrics=["sparsity", goal.metric, "step"]
     )
@@ -198,16 +212,16 @@ def run_rounds(
         else:
             state.reject(row, model)
         if folder:
-            folder.write(state)
+            _write(folder, state)
         progress.update(number, [("sparsity", sparsity), (goal.metric, value), ("step", state.step)])
     return state
 
 
 class State:
-    """Where a run is: the last model that held, and what comes next."""
+    """Where a run is: the last model that held, what comes next, and a digest of the weights that it began with."""
 
-    def __init__(self, floor: float | None, step: float, history: list[Round], values: list[np.ndarray]):
-        self.floor, self.step, self.history, self.values = floor, step, history, values
+    def __init__(self, floor: float | None, step: float, history: list[Round], values: list[np.ndarray], began: str):
+        self.floor, self.step, self.history, self.values, self.began = floor, step, history, values, began
 
     @property
     def rounds(self) -> int:
@@ -229,61 +243,51 @@ class State:
             variable.assign(value)
 
 
-class Folder:
-    """The state of a run on disk. Every file is written to another name first: a kill at any moment leaves a whole state."""
-
-    def __init__(self, path: str | os.PathLike, model: keras.Model, settings: dict):
-        self.path = pathlib.Path(path)
-        # Not by their paths, which count how many models were made before.
-        shapes = [(variable.name, list(variable.shape)) for variable in model.variables]
-        pruning = [(repr(layer.criterion), repr(layer.pattern), layer.group) for layer in masked_layers(model)]
-        self.fingerprint = hashlib.sha256(json.dumps([settings, shapes, pruning]).encode()).hexdigest()
-        self.model = model
-
-    def read(self) -> State | None:
-        """The state that is there, its model's values assigned; `None` if there is none."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        record = self.path / "run.json"
-        if not record.exists():
-            return None
-        content = json.loads(record.read_text())
-        if content["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"Argument `directory` holds the state of another run: of another model, or with other arguments. Received: "
-                f"directory={str(self.path)!r}. Pass an empty directory, or delete that one if its run is no longer needed."
-            )
-        with np.load(self.path / content["values"]) as arrays:
-            values = [arrays[str(index)] for index in range(len(arrays.files))]
-        state = State(content["floor"], content["step"], [Round(**row) for row in content["history"]], values)
-        state.restore(self.model)
-        return state
-
-    def write(self, state: State) -> None:
-        name = f"round-{max(row.round for row in state.history if row.held):04d}.npz"
-        if not (self.path / name).exists():
-            # Not `model.save_weights`, which leaves the states of random number generators out.
-            self._write(name, lambda file: np.savez(file, **{str(i): value for i, value in enumerate(state.values)}))
-        content = dict(
-            fingerprint=self.fingerprint,
-            floor=state.floor,
-            step=state.step,
-            values=name,
-            history=[dataclasses.asdict(row) for row in state.history],
+def _read(folder: RunFolder, model: keras.Model, began: str) -> State | None:
+    """The state that is on disk, its model's values assigned; `None` if there is none."""
+    found = folder.read()
+    if found is None:
+        return None
+    record, values = found
+    state = State(record["floor"], record["step"], [Round(**row) for row in record["history"]], values, record["began"])
+    if state.began != began:
+        warnings.warn(
+            f"The run in directory={str(folder.path)!r} began with other weights than those of the model passed in. It goes on "
+            "from its own; to prune the model passed in, pass an empty directory.",
+            stacklevel=5,
         )
-        self._write("run.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
-        for other in self.path.glob("*.npz"):
-            if other.name != name:
-                other.unlink()
+    state.restore(model)
+    return state
 
-    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
-        partial = self.path / f"partial-{name}"
-        try:
-            with open(partial, "wb") as file:
-                write(file)
-            os.replace(partial, self.path / name)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+
+def _write(folder: RunFolder, state: State) -> None:
+    # Not `model.save_weights`, which leaves the states of random number generators out.
+    number = max(row.round for row in state.history if row.held)
+    history = [dataclasses.asdict(row) for row in state.history]
+    folder.write(dict(floor=state.floor, step=state.step, began=state.began, history=history), number, state.values)
+
+
+def _what_it_is(model: keras.Model, settings: Mapping[str, Any]) -> list:
+    """What makes a run another one if it changes."""
+    # Variables not by their paths, which count how many models were made before.
+    variables = [(variable.name, list(variable.shape), variable.dtype) for variable in model.variables]
+    pruning = [
+        [layer.group, *map(name_of, (layer.criterion, layer.pattern, layer.renormalize))] for layer in masked_layers(model)
+    ]
+    optimizer = [type(one).__name__ for one in _chain(getattr(model, "optimizer", None))]
+    return [dict(settings), variables, pruning, optimizer, [list(v.shape) for v in _optimizer_variables(model)]]
+
+
+def name_of(rule: Any) -> str:
+    """What a criterion, a pattern or a function is called in every process; the `repr` of a function is not."""
+    if isinstance(rule, Configurable) or rule is None:
+        return repr(rule)
+    return rule.__qualname__ if hasattr(rule, "__qualname__") else type(rule).__qualname__
+
+
+def _weights_digest(model: keras.Model) -> str:
+    """What tells models of the same architecture apart; without random states, which no two models share."""
+    return digest(_copy(variable).tobytes() for variable in model.weights)
 
 
 class _SeedAgain(keras.callbacks.Callback):
@@ -333,9 +337,15 @@ def train(
 
 
 def _restart(optimizer: Any) -> None:
+    for one in _chain(optimizer):
+        if isinstance(one, IrrelevanceDecay):
+            one.restart()
+
+
+def _chain(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and those that it wraps."""
     while optimizer is not None:
-        if isinstance(optimizer, IrrelevanceDecay):
-            optimizer.restart()
+        yield optimizer
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 

@@ -104,7 +104,7 @@ def prune_iteratively(
         renormalize: what is done to the survivors at each pruning. (For layers that are prunable already, these five stay.)
         max_rounds: number of rounds after which to end in any case.
         directory: folder for the state, written after every round. If it holds the state of the same run, the run goes on
-            where it was.
+            where it was. One run at a time can have it.
         seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`, so that a run that was stopped ends
             as one that was not.
         calibration: unlabelled samples, as in `keras_renorm.prune`, for criteria that need them.
@@ -116,7 +116,7 @@ def prune_iteratively(
 
     Raises:
         ValueError: if an argument is not possible, the metric is not in the logs, the dense model does not hold the floor, or
-            the directory holds the state of another run.
+            the directory holds the state of another run, is used by another run now, or holds a damaged state.
 
     Example:
 
@@ -163,8 +163,9 @@ def prune_iteratively(
     else:
         pruned = to_prunable(model, layers, None, "magnitude" if by_data else criterion, pattern, group, renormalize)
     settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=better, step=step, stop_early=stop_early, seed=seed)
+    settings["allocation"] = rounds.name_of(allocation)
     if by_data:
-        settings["criterion"] = repr(criterion)
+        settings["criterion"] = rounds.name_of(criterion)
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if by_data else None
 

@@ -122,7 +122,7 @@ def neural_relief(
         rewind: a model of the same architecture, whose weights the survivors are given before each retraining, such as a copy
             made before training: what the paper does for the LeNets. `None` to go on from the trained ones.
         directory: folder for the state, written after every round. If it holds the state of the same run, the run goes on
-            where it was.
+            where it was. One run at a time can have it.
         seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`.
         batch_size: how many samples of `data` to run at once, where they come as arrays.
         verbose: `"auto"`, 0, 1, or 2: the progress bar.
@@ -132,7 +132,7 @@ def neural_relief(
 
     Raises:
         ValueError: if an argument is not possible, the metric is not in the logs, the trained model does not hold the floor, or
-            the directory holds the state of another run.
+            the directory holds the state of another run, is used by another run now, or holds a damaged state.
 
     Example:
 

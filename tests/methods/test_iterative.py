@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import signal
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm import rounds
+from keras_renorm import rounds, run_folder
 from keras_renorm.layers.masked import masked_layers
 
 X = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
@@ -352,14 +351,22 @@ def test_killed_at_ten_random_moments(tmp_path):
 def test_a_directory_of_another_run(tmp_path):
     prune(directory=tmp_path, max_rounds=1)
     before = (tmp_path / "run.json").read_text()
-    for other in (dict(floor=0.4), dict(model=make(layers=[keras.layers.Dense(1)])), dict(pattern=kr.patterns.Block((2, 1)))):
+    for other in (
+        dict(floor=0.4),
+        dict(seed=1),
+        dict(allocation="uniform"),
+        dict(renormalize=None),
+        dict(pattern=kr.patterns.Block((2, 1))),
+        dict(model=make("sgd")),
+        dict(model=make(layers=[keras.layers.Dense(1)])),
+        dict(model=make(layers=[keras.layers.Dense(16, "relu", dtype="bfloat16"), keras.layers.Dense(1)])),
+    ):
         with pytest.raises(ValueError, match="`directory` holds the state of another run"):
             prune(directory=tmp_path, max_rounds=1, **other)
     assert (tmp_path / "run.json").read_text() == before
 
 
-@pytest.mark.parametrize("fails", ["weights", "record"])
-def test_a_full_disk_leaves_the_former_state(tmp_path, monkeypatch, fails):
+def test_a_full_disk_leaves_the_former_state(tmp_path, monkeypatch):
     whole = prune(max_rounds=3, floor=0.3)
     prune(directory=tmp_path, max_rounds=1, floor=0.3)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -368,26 +375,74 @@ def test_a_full_disk_leaves_the_former_state(tmp_path, monkeypatch, fails):
         arguments[0].write(b"half")
         raise OSError(28, "No space left on device")
 
-    if fails == "weights":
-        monkeypatch.setattr(rounds.np, "savez", full)
-    else:
-        monkeypatch.setattr(rounds.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
-        monkeypatch.setattr(rounds.Folder, "__init__", _folder_without_fingerprint(tmp_path))
+    monkeypatch.setattr(run_folder.np, "savez", full)
     with pytest.raises(OSError, match="No space left"):
         prune(directory=tmp_path, max_rounds=3, floor=0.3)
     monkeypatch.undo()
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    assert not list(tmp_path.glob("partial*"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert same(prune(directory=tmp_path, max_rounds=3, floor=0.3), whole)
 
 
-def _folder_without_fingerprint(path):
-    fingerprint = json.loads((path / "run.json").read_text())["fingerprint"]
+def test_what_another_run_left_behind_is_not_used(tmp_path, monkeypatch):
+    """Run A is killed between its weights and its record; B begins there, is killed in its first round, and goes on."""
+    write = run_folder.RunFolder._write
 
-    def init(self, directory, model, settings):
-        self.path, self.model, self.fingerprint = pathlib.Path(directory), model, fingerprint
+    def killed(self, path, content):
+        if path.name == "run.json":
+            raise KeyboardInterrupt
+        write(self, path, content)
 
-    return init
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            if kr.summary(self.model).sparsity > 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder.RunFolder, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(directory=tmp_path, max_rounds=1, seed=0)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["round-0000.npz"]
+    with pytest.raises(KeyboardInterrupt):
+        prune(fit=dict(FIT, callbacks=[Interrupt()]), directory=tmp_path, max_rounds=1, seed=1)
+    assert same(prune(directory=tmp_path, max_rounds=1, seed=1), prune(max_rounds=1, seed=1))
+
+
+def test_two_runs_at_once(tmp_path):
+    class Second(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            with pytest.raises(ValueError, match="`directory` is in use by another run"):
+                prune(directory=tmp_path, max_rounds=1, seed=1)
+
+    prune(fit=dict(FIT, epochs=1, callbacks=[Second()]), floor=10.0, directory=tmp_path, max_rounds=1)
+
+
+def test_a_damaged_state(tmp_path):
+    prune(directory=tmp_path, max_rounds=1)
+    (tmp_path / "run.json").write_text("")
+    with pytest.raises(ValueError, match="damaged state: '.*run.json' .*delete it .* to begin anew"):
+        prune(directory=tmp_path, max_rounds=1)
+
+
+def test_other_weights_than_those_of_the_run(tmp_path):
+    """The run goes on from its own, and says so."""
+    first = prune(directory=tmp_path, max_rounds=1)
+    other = make()
+    other.layers[0].bias.assign_add(np.ones(16))
+    with pytest.warns(UserWarning, match="began with other weights than those of the model passed in"):
+        assert same(prune(other, directory=tmp_path, max_rounds=1), first)
+
+
+def test_own_rules_have_the_same_name_in_every_process():
+    class Own:
+        pass
+
+    def rule(kernel):
+        return kernel
+
+    assert rounds.name_of(rule).endswith("rule")
+    assert rounds.name_of(Own()).endswith("Own")
+    assert rounds.name_of(kr.patterns.Block((2, 1))) == "Block(size=(2, 1))"
+    assert rounds.name_of(None) == "None"
 
 
 # Wrong use.
