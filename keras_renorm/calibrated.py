@@ -153,7 +153,7 @@ def _gain(site: Site) -> np.ndarray:
         if layer.gamma is not None:
             gain *= ops.convert_to_numpy(layer.gamma)
     # Through a channel that is as good as closed nothing can be made up for.
-    gain[np.abs(gain) < 1e-3 * np.abs(gain).max()] = np.inf
+    gain[np.abs(gain) <= 1e-3 * np.abs(gain).max()] = np.inf
     return gain.reshape(groups, 1, units).astype(np.float32)
 
 

@@ -73,6 +73,11 @@ class Accumulator:
 
     def moments(self, intercept: bool = True) -> Moments:
         """What was added up, about the means or, for a layer that can have no intercept, about zero."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            # What is not finite is for the caller to see in the moments.
+            return self._moments(intercept)
+
+    def _moments(self, intercept):
         row_sum, target_sum, gram, cross, power = (total / self._rows for total in self._sums)
         row_origin, target_origin = (ops.convert_to_numpy(origin)[:, 0].astype(np.float64) for origin in self._origin)
         gram = gram - row_sum[:, :, None] * row_sum[:, None, :]

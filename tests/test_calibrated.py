@@ -6,6 +6,9 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
+from keras_renorm import sites
+from keras_renorm.calibration import Call
+from keras_renorm.layers.linear import linear_view
 from tests.layers.cases import CASES, Scaled, model_around
 from tests.test_calibration import WAYS
 from tests.test_conversion import EVERY_MODEL, Subclassed
@@ -329,8 +332,6 @@ def test_a_layer_that_computes_something_else_is_pruned_without_data():
         (np.full((8, 6), 3e38, "float32"), "gets or gives NaN or infinity for the samples"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered")
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_bad_samples_leave_the_model_alone(samples, message):
     model = keras.Sequential([keras.Input((6,)), L.Dense(5, "relu"), L.Dense(3)])
     before = [weight.copy() for weight in model.get_weights()]
@@ -339,6 +340,37 @@ def test_bad_samples_leave_the_model_alone(samples, message):
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     assert "call" not in model.layers[0].__dict__
+
+
+@pytest.mark.parametrize("renormalize", ["lstsq", None])
+@pytest.mark.parametrize("kernel", [[[1.0], [1.0]], [[1.0], [-1.0]]], ids=["infinity", "nan"])
+def test_a_layer_fed_with_infinity_is_named(kernel, renormalize):
+    model = keras.Sequential([keras.Input((1,)), L.Dense(2, name="a"), L.Dense(1, name="b")])
+    model.get_layer("a").kernel.assign([[3e38, 3e38]])
+    model.get_layer("b").kernel.assign(kernel)
+    with pytest.raises(ValueError, match="Layer 'b' gets or gives NaN or infinity for the samples"):
+        prune(model, {"b": 0.5}, np.full((4, 1), 10, "float32"), renormalize=renormalize)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["inputs", "outputs"])
+def test_a_call_that_is_not_finite_is_left_to_the_check_that_names_the_layer(value, place):
+    layer = L.Dense(2)
+    tensors = dict(inputs=np.ones((3, 4), "float32"))
+    tensors["outputs"] = ops.convert_to_numpy(layer(tensors["inputs"])).copy()
+    tensors[place][0, 1] = value
+    site = sites.Site(layer, layer, linear_view(layer), None, 0, None)
+    assert sites._is_linear(Call(layer, **tensors), site)
+
+
+def test_nothing_goes_through_a_normalization_whose_factors_are_all_zero():
+    """As the last one of a residual block may begin; what its sum lacks cannot be asked of it."""
+    inputs = keras.Input((6, 6, 4))
+    x = L.Conv2D(4, 1)(inputs)
+    y = L.BatchNormalization(gamma_initializer="zeros")(L.Conv2D(4, 3, padding="same")(L.ReLU()(x)))
+    model = keras.Model(inputs, L.Dense(3)(L.Flatten()(L.Add()([x, y]))))
+    pruned = prune(model, 0.5, samples_for(model, 64))
+    assert all(np.isfinite(weight).all() for weight in pruned.get_weights())
 
 
 def test_a_renormalizer_that_gives_nan():
