@@ -199,11 +199,21 @@ def _join_normalizations(sites: dict[int, Site], calls: list[Call]) -> dict[int,
         before, here = makers.get(id(call.inputs)), sites.get(id(call.layer))
         if before is None or here is None or before.is_normalization or not here.is_normalization:
             continue
-        axis = 1 if getattr(before.dense, "data_format", None) == "channels_first" else len(call.inputs.shape) - 1
-        if before.calls == here.calls == 1 and here.dense.axis in (axis, axis - len(call.inputs.shape)):
+        if before.calls == here.calls == 1 and _numbers_units(before.view, call.inputs.shape, here.dense.axis):
             before.normalization = (here.dense, here.pruned)
             makers[id(call.outputs)] = before
     return makers
+
+
+def _numbers_units(view: LinearView, shape: Sequence[int | None], axis: int) -> bool:
+    """Whether an axis of a layer's outputs numbers its units, group by group."""
+    groups, _, units = view.sizes
+    if shape[axis] != groups * units:
+        return False
+    numbers = np.arange(groups * units, dtype="float32")
+    marked = np.moveaxis(np.broadcast_to(numbers, [1, *np.delete(shape[1:], axis - (axis > 0)), groups * units]), -1, axis)
+    seen = ops.convert_to_numpy(view.targets(ops.convert_to_tensor(marked)))
+    return bool(np.all(seen == numbers.reshape(groups, 1, units)))
 
 
 def _output_is_linear(layer) -> bool:

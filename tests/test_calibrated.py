@@ -8,6 +8,7 @@ from keras import ops
 import keras_renorm as kr
 from keras_renorm import sites
 from keras_renorm.calibration import Call
+from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.linear import linear_view
 from tests.layers.cases import CASES, Scaled, model_around
 from tests.test_calibration import WAYS
@@ -151,6 +152,41 @@ def test_normalization_follows_its_input(bias):
         )
         np.testing.assert_allclose(one.mean(axis=(0, 1, 2)), other.mean(axis=(0, 1, 2)), atol=0.02)
         np.testing.assert_allclose(one.std(axis=(0, 1, 2)), other.std(axis=(0, 1, 2)), rtol=0.05)
+
+
+NORMALIZED = {
+    "units not last": (lambda: L.EinsumDense("abc,bd->adc", (5, 4)), (4, 4), -1, False),
+    "units not last, square": (lambda: L.EinsumDense("abc,bd->adc", (4, 4)), (4, 4), -1, False),
+    "units not last, normalized": (lambda: L.EinsumDense("abc,bd->adc", (4, 4)), (4, 4), 1, True),
+    "two unit axes": (lambda: L.EinsumDense("abc,cde->abde", (4, 2, 5)), (4, 4), -1, False),
+    "units that share inputs": (lambda: L.EinsumDense("abc,bcd->abd", (4, 4)), (4, 3), -1, False),
+    "Dense, another axis": (lambda: L.Dense(4), (4, 3), 1, False),
+    "Conv2D in groups": (lambda: L.Conv2D(6, 3, groups=2), (5, 5, 4), 3, True),
+    "DepthwiseConv2D": (lambda: L.DepthwiseConv2D(3, depth_multiplier=2), (5, 5, 3), -1, True),
+    "Conv1DTranspose": (lambda: L.Conv1DTranspose(4, 3), (4, 3), -1, True),
+    "Conv1DTranspose, another axis": (lambda: L.Conv1DTranspose(4, 3), (2, 3), 1, False),
+}
+
+
+@pytest.mark.parametrize("name", list(NORMALIZED))
+def test_normalization_follows_its_input_along_its_own_axis(name):
+    """What it gives has the mean that it had, for each of its features, whichever axis of the output numbers the units."""
+    make, shape, axis, joined = NORMALIZED[name]
+    model = keras.Sequential([keras.Input(shape), make(), L.BatchNormalization(axis)])
+    generator = np.random.default_rng(1)
+    for variable in model.variables:
+        spread = generator.uniform(0.3, 2, variable.shape) if variable.name in ("moving_variance", "gamma") else None
+        variable.assign(generator.standard_normal(variable.shape) if spread is None else spread)
+    samples = samples_for(model)
+    twins, (kernel,) = list(zip(model.layers, model.layers)), find_kernels(model.layers[0])
+    targets = {id(kernel.variable): sites.Target(model.layers[0], kernel, kr.patterns.Unstructured(), 0.5)}
+    (site, *others) = [site for stage in sites.find_stages(model, twins, targets, samples, refit=True) for site in stage]
+    assert (site.normalization is not None, len(others)) == (joined, not joined)
+    pruned = prune(model, 0.5, samples, renormalize="moments", criterion="magnitude")
+    outputs = (one.predict(samples, verbose=0) for one in (model, pruned))
+    before, after = (np.moveaxis(one, axis, 0).reshape(one.shape[axis], -1) for one in outputs)
+    np.testing.assert_allclose(after.mean(axis=1), before.mean(axis=1), atol=1e-3)
+    np.testing.assert_allclose(after.std(axis=1), before.std(axis=1), rtol=1e-3)
 
 
 @pytest.mark.parametrize("way", list(WAYS))
