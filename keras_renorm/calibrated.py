@@ -216,7 +216,9 @@ def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes 
     constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
 
     def mask_of(scores):
-        scores = np.where(constant, scores.min() - 1, scores) if constant.any() else scores
+        if constant.any():
+            lowest, highest = np.float64(scores.min()), np.float64(scores.max())
+            scores = np.where(constant, lowest - (highest - lowest) - 1, scores)
         scores = site.view.to_kernel(scores, shape)
         mask = masks.compute_mask(scores, target.sparsity, target.pattern, rule.group, target.kernel.input_axes)
         return site.view.to_matrix(mask)

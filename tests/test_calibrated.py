@@ -440,3 +440,22 @@ def test_own_layers_between(generator):
     model = keras.Sequential([keras.Input((6,)), Scaled(6), L.Dense(4, name="last")])
     pruned = prune(model, {"last": 0.5}, samples_for(model))
     assert pruned.pruning_report.rows[0].error_after < 0.5
+
+
+@pytest.mark.parametrize("criterion", ["admm", "obs", "activation", "magnitude"])
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_the_size_of_the_weights_changes_nothing(size, criterion):
+    """What a kernel is multiplied by comes back in its pruned one, in what it makes, and in nothing else."""
+    model = keras.Sequential([keras.Input((8,)), L.Dense(12, "relu", name="a"), L.Dense(6, name="b")])
+    sized = keras.models.clone_model(model)
+    sized.set_weights(model.get_weights())
+    sized.get_layer("a").kernel.assign(ops.convert_to_numpy(model.get_layer("a").kernel) * np.float32(size))
+    samples = samples_for(model)
+    one, other = (prune(each, 0.5, samples, criterion=criterion) for each in (model, sized))
+    for name, factor in (("a", size), ("b", 1)):
+        wanted = ops.convert_to_numpy(one.get_layer(name).kernel)
+        received = ops.convert_to_numpy(other.get_layer(name).kernel) / np.float32(factor)
+        np.testing.assert_array_equal(received == 0, wanted == 0)
+        np.testing.assert_allclose(received, wanted, rtol=1e-2, atol=1e-3)
+    for row, like in zip(other.pruning_report.rows, one.pruning_report.rows):
+        np.testing.assert_allclose((row.error_before, row.error_after), (like.error_before, like.error_after), rtol=0.02)

@@ -82,3 +82,17 @@ def test_inputs_that_never_vary_keep_their_weights(generator):
     nothing = moments_of(np.zeros((1, 50, 6)), np.zeros((1, 50, 4)))
     left, right = least_squares.regularized(nothing, matrix, 0.01)
     assert np.isfinite(least_squares.solve_masked(left, right, np.ones(matrix.shape, bool), matrix)).all()
+
+
+@pytest.mark.parametrize("cost", [0, np.inf], ids=["conjugate gradients", "direct"])
+@pytest.mark.parametrize("of_inputs", [1e20, 1e-25])
+@pytest.mark.parametrize("of_weights", [1e15, 1e-12])
+def test_the_sizes_of_inputs_and_weights_change_nothing(cost, of_inputs, of_weights, generator, monkeypatch):
+    monkeypatch.setattr(least_squares, "_CONJUGATE_GRADIENTS_COST", cost)
+    x, matrix, moments = problem(generator, inputs=30)
+    mask = generator.random(matrix.shape) < 0.5
+    plain = least_squares.solve_masked(*least_squares.regularized(moments, matrix, 0.01), mask, matrix)
+    sized = moments_of(x * of_inputs, x @ matrix * of_inputs * of_weights)
+    start = matrix * of_weights
+    solution = least_squares.solve_masked(*least_squares.regularized(sized, start, 0.01), mask, start)
+    np.testing.assert_allclose(solution / of_weights, plain, atol=2e-3 * np.abs(plain).max())
