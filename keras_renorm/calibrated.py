@@ -30,6 +30,8 @@ from keras_renorm.sites import Site, Target, find_stages
 
 # Variance that a feature is taken to have left at least, as a share of what it had.
 SMALLEST_VARIANCE = 0.1
+# No fit makes the weights of a unit this many times as large as the dense ones, but one to numbers without meaning.
+ABSURD_GROWTH = 100
 # Rows are taken in pieces of this many numbers: a convolution's patches are many times its inputs.
 PIECE = 2**24
 
@@ -50,7 +52,7 @@ def prune_calibrated(
     targets: dict[int, Target],
     rule: Rule,
     samples: Samples,
-    prune_without_data: Callable[[Target], LayerReport],
+    prune_without_data: Callable[[list[Target]], list[LayerReport]],
     verbose: int,
 ) -> list[LayerReport]:
     """Prune and renormalize a copy of a model by what it computes for calibration samples.
@@ -72,14 +74,16 @@ def prune_calibrated(
     refit = isinstance(rule.renormalize, CalibratedRenormalizer)
     stages = find_stages(dense, twins, targets, next(iter(samples)), refit)
     found = {id(site.target) for stage in stages for site in stage}
-    reports = [prune_without_data(target) for target in targets.values() if id(target) not in found]
+    reports = prune_without_data([target for target in targets.values() if id(target) not in found])
     passes, scarce = Passes([dense, pruned], samples), {}
     progress = keras.utils.Progbar(len(stages), verbose=verbose, unit_name="layer")
     for stage in stages:
         for site, moments, sizes in zip(stage, *_collect(stage, passes, rule)):
             _check_finite(site, moments)
             if site.is_normalization:
-                _adjust(site.pruned, moments.input_mean, moments.gram, moments)
+                whole = np.ones_like(moments.cross)
+                none = np.zeros_like(moments.power)
+                _adjust(site.pruned, whole, none, moments, moments.squares(whole, none))
             else:
                 reports.append(_treat(site, moments, sizes, rule))
                 if moments.rows < moments.gram.shape[-1]:
@@ -146,14 +150,9 @@ def _add_in_pieces(accumulator: Accumulator, site: Site, inputs: Any, outputs: A
 def _gain(site: Site) -> np.ndarray:
     """What a change of a site's output is multiplied by on its way to its sum, shape `(groups, 1, units)`."""
     groups, _, units = site.view.sizes
-    gain = np.ones(groups * units)
-    if site.normalization:
-        layer = site.normalization[0]
-        gain /= np.sqrt(ops.convert_to_numpy(layer.moving_variance) + layer.epsilon)
-        if layer.gamma is not None:
-            gain *= ops.convert_to_numpy(layer.gamma)
+    gain = _factors(site.normalization[0]) if site.normalization else np.ones(groups * units)
     # Through a channel that is as good as closed nothing can be made up for.
-    gain[np.abs(gain) < 1e-3 * np.abs(gain).max()] = np.inf
+    gain[np.abs(gain) <= 1e-3 * np.abs(gain).max()] = np.inf
     return gain.reshape(groups, 1, units).astype(np.float32)
 
 
@@ -170,15 +169,19 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
     matrix, bias = site.matrix, site.bias
     mask = matrix != 0 if site.target is None else _choose(site, matrix, moments, sizes, rule)
     kept = np.where(mask, matrix, 0)
-    fitted, new_bias = kept, bias
+    fitted, new_bias, plain_units = kept, bias, 0
     if isinstance(rule.renormalize, CalibratedRenormalizer):
         fitted = np.where(mask, rule.renormalize(matrix, mask, moments), 0)
         if not np.isfinite(fitted).all():
             raise ValueError(
                 f"Renormalizer {rule.renormalize!r} gave NaN or infinity for layer '{site.dense.name}'. Nothing was changed."
             )
-        if site.has_intercept:
-            new_bias = moments.intercept(fitted)
+        new_bias = moments.intercept(fitted) if site.has_intercept else bias
+        plain = np.linalg.norm(fitted, axis=1) > ABSURD_GROWTH * np.linalg.norm(matrix, axis=1)
+        if rule.renormalize.compensates:
+            plain |= moments.squares(fitted, new_bias) > (1 + 1e-3) * moments.squares(kept, bias) + 1e-6 * moments.power
+        fitted, new_bias = np.where(plain[:, None], kept, fitted), np.where(plain, bias, new_bias)
+        plain_units = int(np.count_nonzero(plain & mask.any(axis=1)))
         if site.target and site.target.by_units:
             # What comes after makes up for what is gone, constants included.
             new_bias = np.where(mask.any(axis=1), new_bias, 0)
@@ -186,12 +189,11 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
         fitted = kept * rule.renormalize(matrix, kept, (1,))
     kernel = site.pruned.kernel
     kernel.assign(site.view.to_kernel(fitted, tuple(kernel.shape)))
-    mean = np.einsum("gi,giu->gu", moments.input_mean, fitted)
     if site.pruned.bias is not None:
         site.pruned.bias.assign(new_bias.reshape(site.pruned.bias.shape))
-        mean = mean + new_bias
     if site.normalization is not None:
-        _adjust(site.normalization[1], mean, moments.output_power(fitted), moments)
+        offset = np.zeros_like(bias) if site.pruned.bias is None else new_bias
+        _adjust(site.normalization[1], fitted, offset, moments, moments.squares(kept, bias))
         if site.target and site.target.by_units:
             silence_normalization(site.normalization[1], ~mask.any(axis=1).reshape(-1))
     layer = site.target.layer if site.target else site.pruned
@@ -205,6 +207,7 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
         scale=growth(kept, fitted, axis=1),
         error_before=moments.error(kept, bias),
         error_after=moments.error(fitted, new_bias),
+        plain_units=plain_units,
     )
 
 
@@ -216,7 +219,9 @@ def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes 
     constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
 
     def mask_of(scores):
-        scores = np.where(constant, scores.min() - 1, scores) if constant.any() else scores
+        if constant.any():
+            lowest, highest = np.float64(scores.min()), np.float64(scores.max())
+            scores = np.where(constant, lowest - (highest - lowest) - 1, scores)
         scores = site.view.to_kernel(scores, shape)
         mask = masks.compute_mask(scores, target.sparsity, target.pattern, rule.group, target.kernel.input_axes)
         return site.view.to_matrix(mask)
@@ -233,20 +238,34 @@ def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarr
             variable.assign(np.where(dead, 0, ops.convert_to_numpy(variable)))
 
 
-def _adjust(layer: keras.layers.BatchNormalization, mean: np.ndarray, variance: np.ndarray, moments: Moments) -> None:
-    """Let a BatchNormalization give what it gave: its statistics follow those of its input.
+def _adjust(
+    layer: keras.layers.BatchNormalization, matrix: np.ndarray, bias: np.ndarray, moments: Moments, plain: np.ndarray
+) -> None:
+    """Let a BatchNormalization give what it gave: its statistics follow those of its input, `rows @ matrix + bias`.
 
     They move by as much as those of the samples do between the dense and the pruned model, so what is merely particular about
-    the samples does not get in.
+    the samples does not get in. Deviations that are given back let errors grow, too: where that is worse than plain pruning,
+    whose mean squared distances from the targets are `plain`, only the means move.
     """
-    mean, variance = mean.reshape(-1), variance.reshape(-1)
-    dense_mean, dense_variance = moments.target_mean.reshape(-1), moments.power.reshape(-1)
     old_mean, old_variance = (
         ops.convert_to_numpy(part).astype(np.float64) for part in (layer.moving_mean, layer.moving_variance)
     )
+    variance, covariance = moments.output_power(matrix), np.einsum("giu,giu->gu", matrix, moments.cross)
     ratio = np.ones_like(variance)
-    np.divide(variance, dense_variance, out=ratio, where=dense_variance > 0)
+    np.divide(variance, moments.power, out=ratio, where=moments.power > 0)
     # A feature that lost nearly all it varied by would have its remains, mostly noise, blown up.
     ratio = np.maximum(ratio, SMALLEST_VARIANCE)
+    squares = moments.power - 2 * covariance / np.sqrt(ratio) + variance / ratio
+    weights = _factors(layer).reshape(plain.shape) ** 2
+    if np.sum(weights * squares) > np.sum(weights * plain):
+        ratio = np.ones_like(ratio)
+    mean = np.einsum("gi,giu->gu", moments.input_mean, matrix) + bias
+    mean, dense_mean, ratio = mean.reshape(-1), moments.target_mean.reshape(-1), ratio.reshape(-1)
     layer.moving_mean.assign(mean - np.sqrt(ratio) * (dense_mean - old_mean))
     layer.moving_variance.assign(np.maximum(ratio * (old_variance + layer.epsilon) - layer.epsilon, 0))
+
+
+def _factors(layer: keras.layers.BatchNormalization) -> np.ndarray:
+    """What a BatchNormalization multiplies each of its features by."""
+    factors = 1 / np.sqrt(ops.convert_to_numpy(layer.moving_variance).astype(np.float64) + layer.epsilon)
+    return factors if layer.gamma is None else factors * ops.convert_to_numpy(layer.gamma)

@@ -8,6 +8,7 @@ import functools
 import inspect
 import operator
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ class Samples:
                 "`tf.data.Dataset`, a `keras.utils.PyDataset`, or a generator of batches. "
                 f"Received: calibration={data!r} (of type {type(data)})."
             )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the model's inputs, as far as it has some."""
+        return [tensor.name for tensor in self._inputs]
 
     def __iter__(self) -> Iterator[Any]:
         count = 0
@@ -178,6 +184,134 @@ class _Spool:
         for structure in self._structures:
             leaves = [np.load(self.file) for _ in keras.tree.flatten(structure)]
             yield keras.tree.pack_sequence_as(structure, leaves)
+
+
+# How many times larger or smaller than recorded a deviation has to be to say that samples are scaled in another way: data of
+# another kind do not reach it, pixels in 0..255 instead of 0..1 or -1..1 do.
+_UNLIKE = 30
+
+
+def warn_of_odd_samples(model: keras.Model, samples: Samples, stacklevel: int = 2) -> None:
+    """Warn if the samples are all the same, or scaled in another way than what the model was fed with, where it shows that."""
+    constant = _constant_inputs(samples)
+    if constant:
+        warnings.warn(
+            f"The samples of argument `calibration` are all the same for input {constant}, so there is nothing to fit to. Pass "
+            "samples of what the model will see.",
+            stacklevel=stacklevel + 1,
+        )
+    elif (unlike := _what_is_unlike(model, next(iter(samples)))) is not None:
+        warnings.warn(
+            f"The samples of argument `calibration` are not scaled like what model '{model.name}' was fed with: {unlike}. Pass "
+            "them in the model's own scaling, such as pixels in 0..1 or 0..255.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _constant_inputs(samples: Samples) -> list[str]:
+    """The names of inputs of floats (of any, if no input varies) that are the same in all samples, if there are several."""
+    first, varies, count = None, None, 0
+    for batch in samples:
+        leaves = keras.tree.flatten(batch)
+        first = first or [leaf[:1] for leaf in leaves]
+        varies = np.array([bool((leaf != one).any()) for leaf, one in zip(leaves, first)]) | (varies if count else False)
+        count += len(leaves[0])
+        if varies.all():
+            return []
+    names = samples.names or [str(index) for index in range(len(first))]
+    # Masks and types of tokens may well be the same for all.
+    suspicious = [not varies.any() or leaf.dtype.kind == "f" for leaf in first]
+    return [name for name, varied, odd in zip(names, varies, suspicious) if odd and not varied and count > 1]
+
+
+def _what_is_unlike(model: keras.Model, batch: Any) -> str | None:
+    """What the first layer that knows how its inputs are scaled says of a batch."""
+    kinds = (keras.layers.BatchNormalization, keras.layers.Normalization, keras.layers.Rescaling)
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
+    for call in observe(lambda: model(batch, training=False), layers) if layers else []:
+        inputs = ops.convert_to_numpy(call.inputs)
+        if isinstance(call.layer, keras.layers.Rescaling):
+            outputs = ops.convert_to_numpy(call.outputs)
+            is_fed = any(np.array_equal(inputs, leaf) for leaf in keras.tree.flatten(batch))
+            if is_fed and 0 < np.ptp(outputs) < 1 / _UNLIKE:
+                return f"layer '{call.layer.name}' makes numbers of them that differ by {np.ptp(outputs):.2g} at most"
+            continue
+        known = _standardized(call.layer, inputs.astype(np.float64))
+        if known is None or known.shape[0] < 16:
+            continue
+        deviation, offset = np.median(known.std(axis=0)), np.median(np.abs(known.mean(axis=0)))
+        if not 1 / _UNLIKE < deviation < _UNLIKE or offset > _UNLIKE:
+            return (
+                f"at layer '{call.layer.name}' they deviate {deviation:.2g} times as much as it has recorded, and their mean "
+                f"is {offset:.2g} deviations away"
+            )
+        return None
+    return None
+
+
+def _standardized(layer: keras.Layer, inputs: np.ndarray) -> np.ndarray | None:
+    """Inputs less the recorded mean over the recorded deviation, shape `(rows, features)`; `None` where none is recorded."""
+    if isinstance(layer, keras.layers.Normalization):
+        if layer.axis != (len(inputs.shape) - 1,) and layer.axis != (-1,):
+            return None
+        mean, variance = (ops.convert_to_numpy(part).reshape(-1) for part in (layer.mean, layer.variance))
+    else:
+        inputs = np.moveaxis(inputs, layer.axis, -1)
+        mean, variance = (ops.convert_to_numpy(part) for part in (layer.moving_mean, layer.moving_variance))
+        if not mean.any() and (variance == 1).all():
+            # It was never trained.
+            return None
+    varies = variance > 0
+    if not varies.any():
+        return None
+    return ((inputs - mean) / np.sqrt(np.where(varies, variance, 1))).reshape(-1, len(mean))[:, varies]
+
+
+class OutputError:
+    """How far the outputs of other models are from those of a model: mean squared distance as a share of their variance.
+
+    In the mean over the outputs; those that never vary, or are no floats, do not count.
+
+    Args:
+        model: the model to compare with.
+        samples: what to run.
+        memory: bytes to keep its outputs in; where they need more, it runs again.
+    """
+
+    def __init__(self, model: keras.Model, samples: Samples, memory: int = 2**28):
+        self._model, self._samples, self._free = model, samples, memory
+        self._kept: dict[int, list] = {}
+
+    def __call__(self, other: keras.Model) -> float:
+        sums: dict[int, np.ndarray] = {}
+        for index, batch in enumerate(self._samples):
+            for place, (wanted, given) in enumerate(zip(self._wanted(index, batch), _float_outputs(other, batch))):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    distance, square = np.square(wanted - given).sum(), np.square(wanted).sum()
+                sums[place] = sums.get(place, 0) + np.array([distance, square, wanted.sum(), wanted.size])
+        errors = []
+        for distance, square, total, count in sums.values():
+            variance = square / count - (total / count) ** 2
+            if variance > 1e-12 * square / count:
+                errors.append(distance / count / variance)
+        return float(np.mean(errors)) if errors else 0.0
+
+    def _wanted(self, index, batch):
+        if index in self._kept:
+            return self._kept[index]
+        outputs = _float_outputs(self._model, batch)
+        size = sum(one.nbytes for one in outputs)
+        if size <= self._free:
+            self._free -= size
+            self._kept[index] = outputs
+        return outputs
+
+
+def _float_outputs(model, batch) -> list[np.ndarray]:
+    with _without_gradients():
+        outputs = keras.tree.flatten(model(batch, training=False))
+    outputs = [one for one in outputs if hasattr(one, "dtype") and keras.backend.is_float_dtype(one.dtype)]
+    return [ops.convert_to_numpy(ops.cast(one, "float32")).astype(np.float64) for one in outputs]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ def regularized(moments: Moments, matrix: np.ndarray, ridge: float) -> tuple[np.
         `gram + p I` and `cross + p matrix`, where `p` is `ridge` times the mean of the diagonal of `gram`.
     """
     pull = ridge * np.trace(moments.gram, axis1=1, axis2=2)[:, None, None] / moments.gram.shape[-1]
-    # Inputs that never vary leave nothing to solve for: they keep their weights.
-    pull = np.maximum(pull, np.finfo(np.float32).tiny)
+    # Inputs that never vary leave nothing to solve for: they keep their weights, however strong the pull is.
+    pull = np.where(pull > 0, pull, 1)
     return moments.gram + pull * np.eye(moments.gram.shape[-1]), moments.cross + pull * matrix
 
 
@@ -61,10 +61,14 @@ def _conjugate_gradients(left, right, mask, start, tolerance=3e-3, most_iteratio
     """All units at once, preconditioned by the diagonal; a unit that has converged is taken out."""
     scale = np.sqrt(np.diag(left))[:, None]
     left = (left / scale / scale.T).astype(np.float32)
-    right = np.where(mask, right / scale, 0).astype(np.float32)
-    solution = np.where(mask, start * scale, 0).astype(np.float32)
+    right = np.where(mask, right / scale, 0)
+    # In units of the norm, no square leaves the range of float32.
+    norm = np.sqrt(np.sum(right**2, axis=0))
+    norm[norm == 0] = 1
+    right = (right / norm).astype(np.float32)
+    solution = np.where(mask, start * scale / norm, 0).astype(np.float32)
     residual = np.where(mask, right - left @ solution, 0)
-    enough = tolerance**2 * np.maximum(np.sum(right**2, axis=0), np.finfo(np.float32).tiny)
+    enough = np.full(len(norm), tolerance**2)
     squares = np.sum(residual**2, axis=0)
     active = np.flatnonzero(squares > enough)
     x, r, m, squares = solution[:, active], residual[:, active], mask[:, active], squares[active]
@@ -91,4 +95,4 @@ def _conjugate_gradients(left, right, mask, start, tolerance=3e-3, most_iteratio
                 squares[going],
             )
     solution[:, active] = x
-    return solution / scale
+    return solution * norm / scale

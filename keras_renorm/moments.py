@@ -41,9 +41,16 @@ class Moments:
 
     def error(self, matrix: np.ndarray, bias: np.ndarray) -> float:
         """Mean squared distance of `rows @ matrix + bias` from the targets, as a share of the targets' own power."""
-        squares = self.power - 2 * np.einsum("giu,giu->gu", matrix, self.cross) + self.output_power(matrix)
-        total = np.sum(squares + (bias - self.intercept(matrix)) ** 2)
-        return float(max(total, 0) / max(np.sum(self.power), np.finfo(np.float32).tiny))
+        return float(np.sum(self.squares(matrix, bias)) / max(np.sum(self.power), np.finfo(np.float64).tiny))
+
+    def squares(self, matrix: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """Mean squared distance of each unit's `rows @ matrix + bias` from its targets, shape `(groups, units)`."""
+        about_means = self.power - 2 * np.einsum("giu,giu->gu", matrix, self.cross) + self.output_power(matrix)
+        return np.maximum(about_means, 0) + (bias - self.intercept(matrix)) ** 2
+
+
+# Deviation, as a share of the mean, up to which an input or a target is constant: float32 cannot tell it from rounding.
+_ROUNDING = 1e-6
 
 
 class Accumulator:
@@ -58,8 +65,10 @@ class Accumulator:
         if not self._rows:
             # Sums are taken about the first batch's means: about zero, large means would drown the rest.
             self._origin = ops.mean(rows, axis=1, keepdims=True), ops.mean(targets, axis=1, keepdims=True)
+            # In units of which squares of what is very large or very small are numbers of float32, too.
+            self._units = tuple(_size(part - origin) for part, origin in zip((rows, targets), self._origin))
             self._sums = [np.float64(0)] * 5
-        rows, targets = rows - self._origin[0], targets - self._origin[1]
+        rows, targets = ((part - origin) / unit for part, origin, unit in zip((rows, targets), self._origin, self._units))
         transposed = ops.transpose(rows, (0, 2, 1))
         batch = (
             ops.sum(rows, axis=1),
@@ -73,18 +82,44 @@ class Accumulator:
 
     def moments(self, intercept: bool = True) -> Moments:
         """What was added up, about the means or, for a layer that can have no intercept, about zero."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            # What is not finite is for the caller to see in the moments.
+            return self._moments(intercept)
+
+    def _moments(self, intercept):
+        row_unit, target_unit = (ops.convert_to_numpy(unit)[:, 0].astype(np.float64) for unit in self._units)
         row_sum, target_sum, gram, cross, power = (total / self._rows for total in self._sums)
+        row_sum, target_sum, power = row_sum * row_unit, target_sum * target_unit, power * target_unit**2
+        for part, unit in ((gram, row_unit), (cross, target_unit)):
+            part *= row_unit[:, :, None]
+            part *= unit[:, None, :]
         row_origin, target_origin = (ops.convert_to_numpy(origin)[:, 0].astype(np.float64) for origin in self._origin)
         gram = gram - row_sum[:, :, None] * row_sum[:, None, :]
         cross = cross - row_sum[:, :, None] * target_sum[:, None, :]
         power = power - target_sum**2
+        power = np.maximum(power, 0)
         row_mean, target_mean = row_origin + row_sum, target_origin + target_sum
+        varies = np.diagonal(gram, axis1=1, axis2=2) > (_ROUNDING * row_mean) ** 2
+        wanted = power > (_ROUNDING * target_mean) ** 2
+        # (Products, as what is not finite has to be seen.)
+        power *= wanted
+        for part, columns in ((gram, varies), (cross, wanted)):
+            if not (varies.all() and columns.all()):
+                part *= varies[:, :, None]
+                part *= columns[:, None, :]
         if not intercept:
             gram = gram + row_mean[:, :, None] * row_mean[:, None, :]
             cross = cross + row_mean[:, :, None] * target_mean[:, None, :]
             power = power + target_mean**2
             row_mean, target_mean = np.zeros_like(row_mean), np.zeros_like(target_mean)
-        return Moments(self._rows, gram, cross, np.maximum(power, 0), row_mean, target_mean)
+        return Moments(self._rows, gram, cross, power, row_mean, target_mean)
+
+
+def _size(tensor: Any) -> Any:
+    """The power of two above the largest number along the rows, 1 where all are zero."""
+    largest = ops.convert_to_numpy(ops.max(ops.abs(tensor), axis=1, keepdims=True))
+    exponents = np.frexp(np.where(np.isfinite(largest), largest, 0))[1]
+    return ops.convert_to_tensor(np.ldexp(np.float32(1), np.clip(exponents, -125, 125)), "float32")
 
 
 @dataclasses.dataclass(frozen=True)

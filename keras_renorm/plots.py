@@ -199,6 +199,8 @@ def scores(model: keras.Model | keras.Layer, criterion: Any = None, ax: Any = No
         removed.append(values[~one.kept])
     kept, removed = np.concatenate(kept), np.concatenate(removed)
     everything = np.concatenate([kept, removed])
+    # Infinity marks what always stays; it has no place on an axis.
+    everything = everything[np.isfinite(everything)]
     positive = everything[everything > 0]
     ax = _axes(ax)
     if positive.size and everything.min() >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -11,9 +12,9 @@ import numpy as np
 
 from keras_renorm import allocation as allocations
 from keras_renorm import criteria, masks, patterns, renorm, validation
-from keras_renorm.arrays import as_array, masked
+from keras_renorm.arrays import as_array, for_another, masked
 from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
-from keras_renorm.calibration import Samples
+from keras_renorm.calibration import OutputError, Samples, warn_of_odd_samples
 from keras_renorm.channels import Ties, find_ties
 from keras_renorm.conversion import choose_layers, copy_model, kernels_by_layer, outermost_layers, strip
 from keras_renorm.criteria import CalibratedCriterion
@@ -134,6 +135,8 @@ def prune(
             validation.check_finite(as_array(kernel.variable), _name(kernel, layer))
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
+        if calibrated:
+            warn_of_odd_samples(model, samples)
         pruned, copies = copy_model(model)
         targets = _targets(pruned, {copies[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
         for one in targets:
@@ -142,25 +145,31 @@ def prune(
         ties = find_ties(pruned) if any(one.by_units for one in targets) else None
         if ties:
             targets = _together(targets, ties, rule)
+        notes, errors = [], {}
         if calibrated:
+            twins = [(layer, copies[id(layer)]) for layer in model._flatten_layers(include_self=False)]
+            distance = OutputError(model, samples)
             # Kernels that cannot be fitted may still be scored.
             seen = see(pruned, samples, InputSizes) if getattr(rule.criterion, "statistics", None) is InputSizes else {}
             rows = prune_calibrated(
                 model,
                 pruned,
-                [(layer, copies[id(layer)]) for layer in model._flatten_layers(include_self=False)],
+                twins,
                 {id(target.kernel.variable): target for target in targets},
                 rule,
                 samples,
-                lambda target: _prune_without_data(target, rule, seen=seen.get(id(target.kernel.variable))),
+                lambda alone: _prune_alone(alone, rule, seen, lambda: distance(pruned)),
                 validation.check_verbose(verbose),
             )
         else:
             rows = _prune_backwards(pruned, targets, rule)
         if ties:
             _silence(targets, ties)
+        if calibrated and isinstance(rule.renormalize, CalibratedRenormalizer):
+            rows, notes, errors = _unless_plain_is_nearer(pruned, twins, targets, rows, rule, distance, ties)
     order = [layer.name for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
-    pruned.pruning_report = PruningReport(tuple(sorted(rows, key=lambda row: order.index(row.layer))))
+    rows = tuple(sorted(rows, key=lambda row: order.index(row.layer)))
+    pruned.pruning_report = PruningReport(rows, **errors, notes=tuple(notes))
     return pruned
 
 
@@ -260,6 +269,107 @@ def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> l
     return rows
 
 
+def _prune_alone(targets: list[Target], rule: Rule, seen: dict[int, Seen], error: Callable[[], float]) -> list[LayerReport]:
+    """Prune kernels that samples cannot serve; where a fit was asked for, they are scaled only if that is nearer."""
+    fitted = isinstance(rule.renormalize, CalibratedRenormalizer)
+    without = dataclasses.replace(rule, renormalize=None) if fitted else rule
+    before = [in_float(as_array(target.kernel.variable)).copy() for target in targets]
+    rows = [_prune_without_data(target, without, seen=seen.get(id(target.kernel.variable))) for target in targets]
+    renormalize = renorm.get("auto", rule.group)
+    if not (fitted and targets) or renormalize is None:
+        return rows
+    plain, plain_error = [in_float(as_array(target.kernel.variable)).copy() for target in targets], error()
+    scales = [
+        new_scale(one, None, left != 0, 1.0, renormalize, target.kernel.input_axes)
+        for target, one, left in zip(targets, before, plain)
+    ]
+    for target, left, scale in zip(targets, plain, scales):
+        target.kernel.variable.assign(left * scale)
+    if error() < plain_error:
+        return [
+            dataclasses.replace(
+                row, renormalize=describe(renormalize), scale=_limits(scale, left != 0, target.kernel.input_axes)
+            )
+            for row, target, left, scale in zip(rows, targets, plain, scales)
+        ]
+    for target, left in zip(targets, plain):
+        target.kernel.variable.assign(left)
+    return rows
+
+
+def _unless_plain_is_nearer(
+    pruned: keras.Model,
+    twins: list[tuple[keras.Layer, keras.Layer]],
+    targets: list[Target],
+    rows: list[LayerReport],
+    rule: Rule,
+    distance: OutputError,
+    ties: Ties | None,
+) -> tuple[list[LayerReport], list[str], dict[str, float]]:
+    """Keep what calibration made of a model, unless plain pruning gives outputs that are nearer for its own samples.
+
+    Plain pruning keeps the weights that calibration chose, or those that `prune` chooses without samples.
+
+    Returns:
+        The rows of the report, notes on what was taken back, and the errors of the outputs.
+    """
+    variables = list({id(new): (old, new) for pair in twins for old, new in zip(*(one.weights for one in pair))}.values())
+
+    def values():
+        return [as_array(new).copy() for _, new in variables]
+
+    def plain_by_the_same_masks():
+        for target, mask in zip(targets, masks_chosen):
+            target.kernel.variable.assign(masked(in_float(as_array(target.kernel.variable)), mask))
+        kept = [
+            dataclasses.replace(row, renormalize="none", scale=(1.0, 1.0), error_before=None, error_after=None, plain_units=0)
+            for row in rows
+        ]
+        return [row for row in kept if row.criterion != "-"]
+
+    def plain_without_samples():
+        criterion = criteria.Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
+        return _prune_backwards(pruned, targets, Rule(criterion, rule.group, None))
+
+    masks_chosen = [as_array(target.kernel.variable) != 0 for target in targets]
+    best, best_rows, error = values(), rows, distance(pruned)
+    errors = {"error": error, "plain_error": np.inf}
+    ways = [plain_by_the_same_masks]
+    if all(target.sparsity is not None for target in targets):
+        ways.append(plain_without_samples)
+    for way in ways:
+        for old, new in variables:
+            new.assign(for_another(old))
+        plain_rows = way()
+        if ties:
+            _silence(targets, ties)
+        plain_error = distance(pruned)
+        errors["plain_error"] = min(errors["plain_error"], plain_error)
+        # (Below a millionth there is only rounding to compare.)
+        if not np.isfinite(errors["error"]) or errors["error"] > max(1e-6, plain_error):
+            best, best_rows, errors["error"] = values(), plain_rows, plain_error
+    for (_, new), value in zip(variables, best):
+        new.assign(value)
+    notes = [
+        f"Layer '{row.layer}': {row.plain_units} units keep their plain weights; what the fit gave them was worse."
+        for row in best_rows
+        if row.plain_units
+    ]
+    if best_rows is not rows:
+        notes.append(
+            "The whole model is pruned plainly: on the samples its outputs are then nearer to the dense model's than after the "
+            f"fit (an error of {errors['error']:.3g}, not {error:.3g})."
+        )
+    return best_rows, notes, errors
+
+
+def _limits(scale: Any, mask: np.ndarray, axes: tuple[int, ...]) -> tuple[float, float]:
+    """The smallest and the largest scale of units that have weights."""
+    factors = np.broadcast_to(scale, [1 if axis in axes else side for axis, side in enumerate(mask.shape)])
+    factors = factors[mask.any(axis=axes, keepdims=True)] if mask.any() else np.ones(1)
+    return float(factors.min()), float(factors.max())
+
+
 def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = None, seen: Seen | None = None) -> LayerReport:
     """Prune a kernel on its own; `seen` is what is known of its inputs, if the criterion asks for no more."""
     variable, axes = target.kernel.variable, target.kernel.input_axes
@@ -298,8 +408,6 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
         )
     kept = masked(values, mask)
     variable.assign(np.multiply(kept, scale, out=kept))
-    factors = np.broadcast_to(scale, [1 if axis in axes else side for axis, side in enumerate(mask.shape)])
-    factors = factors[mask.any(axis=axes, keepdims=True)] if mask.any() else np.ones(1)
     return LayerReport(
         layer=target.layer.name,
         kernel=name_within(variable, target.layer),
@@ -307,7 +415,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
         kept=int(np.count_nonzero(mask)),
         criterion=describe(criterion),
         renormalize=describe(renormalize),
-        scale=(float(factors.min()), float(factors.max())),
+        scale=_limits(scale, mask, axes),
     )
 
 

@@ -68,17 +68,26 @@ class _KeepNorm(Renormalizer):
 
     def _norms(self, kernel, masks, input_axes, first_scale=1.0):
         """The norm of each unit under each mask, the first times a scale: one pass over the kernel."""
-        axes = tuple(input_axes)
-        sums = [[] for _ in masks]
-        for rows in row_blocks(len(kernel), kernel.size // max(1, len(kernel))):
-            powers = np.square(kernel[rows]) if self.power == 2 else np.abs(kernel[rows])
-            for mask, parts in zip(masks, sums):
-                parts.append((powers if mask is None else masked(powers, mask[rows])).sum(axis=axes, keepdims=True))
-        sums = [sum(parts) if 0 in axes else np.concatenate(parts) for parts in sums]
-        sums[0] = sums[0] * np.abs(np.asarray(first_scale, kernel.dtype)) ** self.power
+        with np.errstate(over="ignore"):
+            sums = self._sums(kernel, masks, tuple(input_axes), kernel.dtype)
+        if not all(np.all((part > 1e-30) & (part < np.inf)) for part in sums):
+            # A unit is empty, or its squares leave the range of float32.
+            sums = self._sums(kernel, masks, tuple(input_axes), np.float64)
+        sums = [part.astype(np.float64) for part in sums]
+        sums[0] = sums[0] * np.abs(np.asarray(first_scale, np.float64)) ** self.power
         if self.granularity == "layer":
             sums = [np.full_like(part, part.sum()) for part in sums]
         return [part ** (1 / self.power) for part in sums]
+
+    def _sums(self, kernel, masks, axes, dtype):
+        """The sum of powers of each unit under each mask, added up in a precision."""
+        sums = [[] for _ in masks]
+        for rows in row_blocks(len(kernel), kernel.size // max(1, len(kernel))):
+            block = kernel[rows].astype(dtype, copy=False)
+            powers = np.square(block) if self.power == 2 else np.abs(block)
+            for mask, parts in zip(masks, sums):
+                parts.append((powers if mask is None else masked(powers, mask[rows])).sum(axis=axes, keepdims=True))
+        return [sum(parts) if 0 in axes else np.concatenate(parts) for parts in sums]
 
     def _ratio(self, wanted, left, shape, input_axes):
         scale = np.ones_like(wanted)

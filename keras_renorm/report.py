@@ -25,6 +25,7 @@ class LayerReport:
         error_before: mean squared distance of the layer's outputs from the dense ones, as a share of their variance, with
             plain pruning of this layer and everything before it pruned and renormalized; `None` without samples.
         error_after: the same after renormalization.
+        plain_units: how many units keep their plain weights, as what the fit gave them was worse or absurdly large.
     """
 
     layer: str
@@ -36,6 +37,7 @@ class LayerReport:
     scale: tuple[float, float]
     error_before: float | None = None
     error_after: float | None = None
+    plain_units: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -44,9 +46,20 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class PruningReport:
-    """What `keras_renorm.prune` did. Printing it shows a table; `rows` are the data."""
+    """What `keras_renorm.prune` did. Printing it shows a table; `rows` are the data.
+
+    Args:
+        rows: one a kernel.
+        error: mean squared distance of the model's outputs from the dense ones over the samples, as a share of their variance;
+            `None` without samples that were fitted to.
+        plain_error: the same for plain pruning (`renormalize=None`).
+        notes: sentences about what did not go as asked.
+    """
 
     rows: tuple[LayerReport, ...]
+    error: float | None = None
+    plain_error: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -82,7 +95,10 @@ class PruningReport:
         ]
         total = ("total pruned", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.4f}")
         cells.append(total + ("",) * (len(header) - len(total)))
-        return format_table(header, cells, right=(2, 3, 4, 8, 9), total=True)
+        lines = [format_table(header, cells, right=(2, 3, 4, 8, 9), total=True)]
+        if self.error is not None:
+            lines.append(f"Error of the outputs on the samples: {self.error:.4f} (plain pruning: {self.plain_error:.4f}).")
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     __repr__ = __str__
 

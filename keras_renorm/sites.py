@@ -180,6 +180,9 @@ def _is_linear(call: Call, site: Site) -> bool:
     if site.is_normalization:
         return True
     rows, targets = (ops.convert_to_numpy(part)[:, :256] for part in (site.view.rows(inputs), site.view.targets(outputs)))
+    if not (np.isfinite(rows).all() and np.isfinite(targets).all()):
+        # Nothing can be compared; the layer is refused by its name when its moments are taken.
+        return True
     here = rows @ site.matrix + site.bias[:, None]
     # Half precision rounds to 2 ** -8.
     return here.shape == targets.shape and np.allclose(here, targets, rtol=0.02, atol=0.02 * np.abs(targets).max(initial=0))
@@ -196,11 +199,21 @@ def _join_normalizations(sites: dict[int, Site], calls: list[Call]) -> dict[int,
         before, here = makers.get(id(call.inputs)), sites.get(id(call.layer))
         if before is None or here is None or before.is_normalization or not here.is_normalization:
             continue
-        axis = 1 if getattr(before.dense, "data_format", None) == "channels_first" else len(call.inputs.shape) - 1
-        if before.calls == here.calls == 1 and here.dense.axis in (axis, axis - len(call.inputs.shape)):
+        if before.calls == here.calls == 1 and _numbers_units(before.view, call.inputs.shape, here.dense.axis):
             before.normalization = (here.dense, here.pruned)
             makers[id(call.outputs)] = before
     return makers
+
+
+def _numbers_units(view: LinearView, shape: Sequence[int | None], axis: int) -> bool:
+    """Whether an axis of a layer's outputs numbers its units, group by group."""
+    groups, _, units = view.sizes
+    if shape[axis] != groups * units:
+        return False
+    numbers = np.arange(groups * units, dtype="float32")
+    marked = np.moveaxis(np.broadcast_to(numbers, [1, *np.delete(shape[1:], axis - (axis > 0)), groups * units]), -1, axis)
+    seen = ops.convert_to_numpy(view.targets(ops.convert_to_tensor(marked)))
+    return bool(np.all(seen == numbers.reshape(groups, 1, units)))
 
 
 def _output_is_linear(layer) -> bool:

@@ -192,3 +192,17 @@ def test_conjugate_gradients_take_out_units_that_are_solved(generator):
         rows = np.flatnonzero(mask[:, unit])
         direct[rows, unit] = np.linalg.solve(left[np.ix_(rows, rows)], right[rows, unit])
     np.testing.assert_allclose(solution, direct, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cost", [0, np.inf], ids=["conjugate gradients", "direct"])
+@pytest.mark.parametrize("of_inputs", [1e20, 1e-25])
+@pytest.mark.parametrize("of_weights", [1e15, 1e-12])
+def test_the_sizes_of_inputs_and_weights_change_nothing(cost, of_inputs, of_weights, generator, monkeypatch):
+    monkeypatch.setattr(least_squares, "_CONJUGATE_GRADIENTS_COST", cost)
+    x, matrix, moments = problem(generator, inputs=30)
+    mask = generator.random(matrix.shape) < 0.5
+    plain = least_squares.solve_masked(*least_squares.regularized(moments, matrix, 0.01), mask, matrix)
+    sized = moments_of(x * of_inputs, x @ matrix * of_inputs * of_weights)
+    start = matrix * of_weights
+    solution = least_squares.solve_masked(*least_squares.regularized(sized, start, 0.01), mask, start)
+    np.testing.assert_allclose(solution / of_weights, plain, atol=2e-3 * np.abs(plain).max())

@@ -53,3 +53,33 @@ def test_error_is_that_of_the_outputs(intercept, generator):
     if intercept:
         best = moments.intercept(matrix)
         np.testing.assert_allclose(best, (targets - rows @ matrix).mean(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("of_rows", [1e20, 1e-25])
+@pytest.mark.parametrize("of_targets", [1e20, 1e-25])
+def test_what_is_very_large_or_very_small_has_moments_too(of_rows, of_targets, intercept, generator):
+    rows = generator.standard_normal((2, 50, 3)).astype("float32")
+    targets = generator.standard_normal((2, 50, 2)).astype("float32")
+    rows[:, :, 0] *= 1e-10
+    plain = moments_of(rows, targets, 2, intercept)
+    sized = moments_of(rows * np.float32(of_rows), targets * np.float32(of_targets), 2, intercept)
+    np.testing.assert_allclose(sized.gram, plain.gram * of_rows**2, rtol=1e-5)
+    np.testing.assert_allclose(sized.cross, plain.cross * of_rows * of_targets, rtol=1e-4)
+    np.testing.assert_allclose(sized.power, plain.power * of_targets**2, rtol=1e-5)
+    matrix, bias = generator.standard_normal((2, 3, 2)), np.zeros((2, 2))
+    ratio = of_targets / of_rows
+    assert sized.error(matrix * ratio, bias) == pytest.approx(plain.error(matrix, bias), rel=1e-3)
+
+
+def test_what_varies_by_rounding_alone_is_constant(generator):
+    rows = generator.standard_normal((1, 1000, 3)).astype("float32")
+    rows[:, :, 1] = np.float32(1.1) + np.float32(1e-7) * (rows[:, :, 0] > 0)
+    targets = np.float32(3.3) + np.float32(3e-7) * (rows[:, :, :1] > 0)
+    moments = moments_of(rows, targets, 3)
+    assert not moments.gram[0, 1].any()
+    assert not moments.gram[0, :, 1].any()
+    assert (moments.gram[0, 0, 0] > 0.5, moments.gram[0, 2, 2] > 0.5) == (True, True)
+    assert not moments.cross.any()
+    assert not moments.power.any()
+    np.testing.assert_allclose(moments.intercept(np.array([[[0.0], [2.0], [0.0]]])), [[1.1]], rtol=1e-5)

@@ -261,3 +261,15 @@ def test_keras_applications_end_to_end(name, tmp_path):
     assert report.stored_sparse
     assert report.difference < 1e-4
     assert report.ratio < 0.5
+
+
+@pytest.mark.parametrize(
+    "how", [{}, dict(renormalize="l2"), dict(pattern="unit"), dict(pattern="block"), dict(allocation="lamp")]
+)
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_the_size_of_the_weights_changes_nothing(size, how):
+    model = keras.Sequential([keras.Input((6,)), L.Dense(16, name="a"), L.Dense(4)])
+    wanted = kr.prune(model, 0.5, **how).get_layer("a").kernel.numpy()
+    kernel = model.get_layer("a").kernel
+    kernel.assign(kernel.numpy() * np.float32(size))
+    np.testing.assert_allclose(kr.prune(model, 0.5, **how).get_layer("a").kernel.numpy() / np.float32(size), wanted, rtol=1e-5)

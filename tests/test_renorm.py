@@ -40,6 +40,20 @@ def test_each_unit_keeps_its_norm(renormalizer, order, generator):
     np.testing.assert_allclose(np.linalg.norm(scaled, order, axis=0), np.linalg.norm(kernel, order, axis=0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("renormalizer", ALL, ids=repr)
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_the_size_of_the_weights_changes_nothing(renormalizer, size, generator):
+    kernel = generator.standard_normal((50, 8)).astype("float32")
+    mask = compute_mask(np.abs(kernel), 0.8)
+    wanted = renormalizer(kernel, kernel * mask, (0,))
+    sized = kernel * np.float32(size)
+    np.testing.assert_allclose(renormalizer(sized, sized * mask, (0,)), wanted, rtol=1e-5)
+    np.testing.assert_allclose(renormalizer.of_masks(sized, None, mask, 1.0, (0,)), wanted, rtol=1e-5)
+    if renormalizer.granularity == "unit":
+        sized = kernel * np.float32([1, size] * 4)
+        np.testing.assert_allclose(renormalizer(sized, sized * mask, (0,)), wanted, rtol=1e-5)
+
+
 def test_by_hand():
     before, after = np.array([[3.0, 4.0], [1.0, 3.0]]), np.array([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(renorm.L1()(before, after, (0,)), [[4 / 3, 7 / 4]], rtol=1e-6)

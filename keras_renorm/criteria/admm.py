@@ -38,7 +38,9 @@ class ADMM(CalibratedCriterion):
         # With inputs of equal power, the largest weight is the one that matters most.
         scale = np.sqrt(np.diagonal(left, axis1=1, axis2=2))[:, :, None]
         left = (left / scale / scale.swapaxes(1, 2)).astype(np.float32)
-        right, sparse = (right / scale).astype(np.float32), (matrix * scale).astype(np.float32)
+        # In units of the largest weight, no square leaves the range of float32.
+        largest = np.abs(matrix * scale).max(initial=0) or 1
+        right, sparse = ((part / largest).astype(np.float32) for part in (right / scale, matrix * scale))
         dual, identity = np.zeros_like(sparse), np.eye(left.shape[-1], dtype=np.float32)
         for penalty in self.penalty * np.array([1, 2, 4, 8], np.float32):
             inverse = np.linalg.inv(left + penalty * identity)

@@ -34,7 +34,8 @@ class Reference:
         self._inputs, self._names, self._keys = inputs, input_names(model), isinstance(answer, dict)
         self._expected = [np.asarray(value) for value in keras.tree.flatten(answer)]
         self._in_half = any(layer.compute_dtype != "float32" for layer in model._flatten_layers())
-        self.range = max(float(np.max(np.abs(value), initial=0)) for value in self._expected)
+        # (The built-in `max` may pass over NaN.)
+        self.range = float(np.max([np.max(np.abs(value), initial=0) for value in self._expected]))
         if not np.isfinite(self.range):
             raise ValueError(
                 f"Model '{model.name}' gives NaN or infinity on the samples, so the exported file could not be compared with "
@@ -44,7 +45,9 @@ class Reference:
     def tolerance(self, quantize: str | None) -> float:
         """The difference from which on something must be wrong."""
         kinds = [quantize, *(["float16"] if self._in_half else [])]
-        return max(_TOLERANCE[kind] for kind in kinds) * self.range
+        share = max(_TOLERANCE[kind] for kind in kinds)
+        # Integers may be off by any number, but NaN is none: it counts as an infinite difference.
+        return share * self.range if share < np.inf else np.finfo(float).max
 
     def difference(self, path: pathlib.Path) -> float:
         """The largest absolute difference of a file's outputs."""

@@ -131,6 +131,9 @@ def _einsum_dense(layer):
 
         return move
 
+    if output[0] != inputs[0] or inputs[0] in kernel:
+        # Samples are not what the first axis of inputs and outputs numbers.
+        return None
     axes = tuple(tuple(kernel.index(letter) for letter in part) for part in (shared, contracted, units))
     if layer.bias is not None and [letter for letter in output if letter in layer.bias_axes] != shared + units:
         return None

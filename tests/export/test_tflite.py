@@ -272,3 +272,20 @@ def test_loops_are_not_calibrated(tmp_path, generator):
     free = keras.Sequential([keras.Input((None, 8)), L.Bidirectional(L.GRU(4)), L.Dense(2)])
     with pytest.raises(ValueError, match="has a loop, such as a recurrent layer over any number of steps"):
         kr.export_tflite(free, tmp_path / "free.tflite", quantize="int8", representative_data=data)
+
+
+def test_a_second_output_that_is_nan_is_refused():
+    inputs = keras.Input((4,))
+    model = keras.Model(
+        inputs, [keras.layers.Dense(2)(inputs), keras.layers.Dense(2, bias_initializer=np.full(2, np.nan))(inputs)]
+    )
+    with pytest.raises(ValueError, match="gives NaN or infinity on the samples"):
+        verification.Reference(model, [np.ones((3, 4), "float32")])
+
+
+@pytest.mark.parametrize("quantize", [None, "float16", "int8"])
+def test_no_tolerance_lets_nan_or_another_shape_pass(quantize):
+    reference = verification.Reference(dense(None), [np.zeros((3, 256), "float32")])
+    for reference.range in (0.0, 5.0):
+        for received in (np.full((3, 10), np.nan), np.ones((3, 9))):
+            assert verification.largest_difference([np.ones((3, 10))], [received]) > reference.tolerance(quantize)

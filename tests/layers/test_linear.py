@@ -54,6 +54,12 @@ def test_rows_times_matrix_is_what_the_layer_computes(make, shape, generator):
     np.testing.assert_allclose(rows @ matrix + bias, targets, atol=1e-4)
 
 
+def test_samples_that_are_not_along_the_first_axis_are_no_rows(generator):
+    layer = L.EinsumDense("ab,bc->ca", (4,))
+    layer.build((4, 3))
+    assert linear_view(layer) is None
+
+
 def test_channels_first():
     if keras.backend.backend() == "tensorflow":
         pytest.skip("TensorFlow has no such convolutions on CPUs")
