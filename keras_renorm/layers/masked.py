@@ -40,12 +40,14 @@ class MaskedKernel(Kernel):
     def product(self, inputs: Any, training: bool | None) -> Any:
         """`inputs @ masked()`, for one row a sample."""
         is_sparse = hasattr(inputs, "dense_shape")
-        if self.settled is None or not training or is_sparse:
+        if self.settled is None or not (training or is_sparse):
             return ops.matmul(inputs, self.masked())
-        from keras_renorm.layers.product import masked_product
+        from keras_renorm.layers.product import masked_product, masked_rows
 
-        kernel = _tensor(self.variable)
-        return masked_product(ops.cast(inputs, kernel.dtype), kernel, _tensor(self.mask), _tensor(self.settled))
+        kernel, mask = _tensor(self.variable), _tensor(self.mask)
+        if is_sparse:
+            return ops.matmul(inputs, masked_rows(kernel, mask))
+        return masked_product(ops.cast(inputs, kernel.dtype), kernel, mask, _tensor(self.settled))
 
     def effective(self) -> Any:
         """What the layer computes with: the masked kernel times the scale."""
@@ -261,6 +263,13 @@ class MaskedLayer:
             f"{type(self).__name__} does not take LoRA (`lora_rank`, `enable_lora`): merging its update would fill the "
             "pruned weights in again. Train with LoRA first and prune the merged model, or `keras_renorm.strip` this "
             "model and enable LoRA on the result."
+        )
+
+    def quantize(self, *args, **kwargs):
+        # What `Model.quantize` turns into a warning.
+        raise NotImplementedError(
+            f"{type(self).__name__} '{self.name}' is not quantized: masks are for kernels of floating point. Call "
+            "`keras_renorm.strip(model)` first, and quantize the result."
         )
 
     def count_steps(self, steps: int, write: bool) -> None:
