@@ -40,12 +40,14 @@ class MaskedKernel(Kernel):
     def product(self, inputs: Any, training: bool | None) -> Any:
         """`inputs @ masked()`, for one row a sample."""
         is_sparse = hasattr(inputs, "dense_shape")
-        if self.settled is None or not training or is_sparse:
+        if self.settled is None or not (training or is_sparse):
             return ops.matmul(inputs, self.masked())
-        from keras_renorm.layers.product import masked_product
+        from keras_renorm.layers.product import masked_product, masked_rows
 
-        kernel = _tensor(self.variable)
-        return masked_product(ops.cast(inputs, kernel.dtype), kernel, _tensor(self.mask), _tensor(self.settled))
+        kernel, mask = _tensor(self.variable), _tensor(self.mask)
+        if is_sparse:
+            return ops.matmul(inputs, masked_rows(kernel, mask))
+        return masked_product(ops.cast(inputs, kernel.dtype), kernel, mask, _tensor(self.settled))
 
     def effective(self) -> Any:
         """What the layer computes with: the masked kernel times the scale."""
@@ -139,7 +141,7 @@ class MaskedLayer:
             # PyTorch cannot compile gradients of one's own.
             settled = None
             if settles and keras.backend.backend() == "tensorflow":
-                settled = keras.Variable(False, dtype="bool", trainable=False, name=f"{prefix}settled")
+                settled = keras.Variable("zeros", shape=(), dtype="bool", trainable=False, name=f"{prefix}settled")
             masked.append(MaskedKernel(kernel.variable, kernel.input_axes, mask, scale, settled))
             if kernel.variable.regularizer is not None:
                 kernel.variable.regularizer = _OfEffectiveKernel(kernel.variable.regularizer, masked[-1])
@@ -222,6 +224,21 @@ class MaskedLayer:
             changed = True
         return changed
 
+    def keep_all(self, kernels: Sequence[MaskedKernel]) -> None:
+        """Keep all weights of some kernels, with scales of one, and count steps from the start, as in a new layer."""
+        for kernel in kernels:
+            kernel.set_settled(False)
+            kernel.mask.assign(ops.ones(kernel.mask.shape, "bool"))
+            kernel.scale.assign(ops.ones(kernel.scale.shape))
+        self.count_steps(NEVER, write=True)
+
+    def mask_zeros(self) -> None:
+        """Mask the weights that are zero, such as those of a sparse model whose weights were loaded."""
+        for kernel in self.masked_kernels:
+            kept = as_array(kernel.mask) & (as_array(kernel.variable) != 0)
+            kernel.set_settled(False)
+            kernel.mask.assign(kept)
+
     def _compute_mask(
         self, masked: MaskedKernel, sparsity: float, read: np.ndarray | None, scores: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -248,6 +265,13 @@ class MaskedLayer:
             "model and enable LoRA on the result."
         )
 
+    def quantize(self, *args, **kwargs):
+        # What `Model.quantize` turns into a warning.
+        raise NotImplementedError(
+            f"{type(self).__name__} '{self.name}' is not quantized: masks are for kernels of floating point. Call "
+            "`keras_renorm.strip(model)` first, and quantize the result."
+        )
+
     def count_steps(self, steps: int, write: bool) -> None:
         """Note how many batches were trained. The variable is written when asked, and whenever the layer is saved."""
         if write:
@@ -264,7 +288,12 @@ class MaskedLayer:
     def load_own_variables(self, store):
         for kernel in self.masked_kernels:
             kernel.set_settled(False)
-        keras.Layer.load_own_variables(self, store)
+        own = self._trainable_variables + self._non_trainable_variables
+        plain = without_added(own, [self])
+        if plain and len(store.keys()) == len(plain):
+            _load_plain(self, plain, store)
+        else:
+            keras.Layer.load_own_variables(self, store)
 
     def get_config(self):
         return {
@@ -308,11 +337,51 @@ def sparsity_of(model: keras.Layer) -> float:
 
 def plain_variables(layer: keras.Layer) -> list[keras.Variable]:
     """The variables of a layer but for masks, scales and steps: those of its plain counterpart, in its order."""
-    added = set()
+    return without_added(layer.variables, masked_layers(layer))
+
+
+def plain_weights(layer: keras.Layer) -> list[keras.Variable]:
+    """The same of its weights: what `set_weights` of its plain counterpart takes."""
+    return without_added(layer.weights, masked_layers(layer))
+
+
+def reset_masks(layer: keras.Layer, variables: Sequence[keras.Variable]) -> None:
+    """Keep all weights of those kernels of a layer that are among `variables`, as they got plain values."""
+    loaded = {id(variable) for variable in variables}
     for part in masked_layers(layer):
-        added.add(id(part.pruning_step))
-        added.update(id(variable) for kernel in part.masked_kernels for variable in (kernel.mask, kernel.scale))
-    return [variable for variable in layer.variables if id(variable) not in added]
+        kernels = [kernel for kernel in part.masked_kernels if id(kernel.variable) in loaded]
+        if kernels:
+            part.keep_all(kernels)
+
+
+def without_added(variables: Sequence[keras.Variable], layers: Sequence[MaskedLayer]) -> list[keras.Variable]:
+    """The variables without the masks, scales and steps of some layers."""
+    added = set()
+    for layer in layers:
+        if layer.masked_kernels:
+            added.add(id(layer.pruning_step))
+        added.update(id(variable) for kernel in layer.masked_kernels for variable in (kernel.mask, kernel.scale))
+    return [variable for variable in variables if id(variable) not in added]
+
+
+def _load_plain(layer: MaskedLayer, variables: Sequence[keras.Variable], store: Mapping[str, Any]) -> None:
+    """Load what the plain counterpart of a layer stored, and keep all weights."""
+    values = [store[str(index)] for index in range(len(variables))]
+    for variable, value in zip(variables, values):
+        stored = keras.backend.standardize_dtype(value.dtype)
+        if keras.backend.is_float_dtype(stored) != keras.backend.is_float_dtype(variable.dtype):
+            raise ValueError(
+                f"Layer '{layer.name}' expected values of type {variable.dtype} for '{variable.name}', but {stored} is stored: "
+                "the layer was quantized. Load the weights from before."
+            )
+        if tuple(value.shape) != tuple(variable.shape):
+            raise ValueError(
+                f"Layer '{layer.name}' expected shape {tuple(variable.shape)} for '{variable.name}', but "
+                f"{tuple(value.shape)} is stored."
+            )
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+    layer.keep_all(layer.masked_kernels)
 
 
 def plain_values(layer: keras.Layer) -> list[Any]:

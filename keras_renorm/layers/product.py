@@ -26,6 +26,29 @@ def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settle
     return _product(inputs, mask_kernel(kernel))
 
 
+def masked_rows(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """`where(mask, kernel, 0)` for sparse inputs, which read some rows of the kernel: only these have a gradient.
+
+    Args:
+        kernel: of shape `(inputs, units)`.
+        mask: bool, shaped like the kernel.
+    """
+
+    @tf.custom_gradient
+    def mask_kernel(kernel):
+        zero = tf.zeros((), kernel.dtype)
+
+        def gradient(upstream):
+            if not isinstance(upstream, tf.IndexedSlices):
+                return tf.where(mask, upstream, zero)
+            values = tf.where(tf.gather(mask, upstream.indices), upstream.values, zero)
+            return tf.IndexedSlices(values, upstream.indices, upstream.dense_shape)
+
+        return tf.where(mask, kernel, zero), gradient
+
+    return mask_kernel(kernel)
+
+
 @tf.custom_gradient
 def _product(inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     def gradients(upstream):

@@ -271,3 +271,14 @@ def test_defaults_and_config():
 def test_a_schedule_that_the_pattern_cannot_give():
     with pytest.raises(ValueError, match="removes 50% of the weights at most"):
         kr.layers.PrunableDense(2, pattern="n_of_m", pruning_schedule=kr.schedules.PolynomialDecay(0, 0.8, 0, 6))
+
+
+def test_gradient_of_sparse_inputs_is_sparse(tf):
+    layer = dense([[3.0, 1.0], [1.0, 2.0], [4.0, 5.0]], renormalize=None)
+    layer.update_masks(1 / 6)
+    layer.scale.assign([2.0, 3.0])
+    with tf.GradientTape() as tape:
+        outputs = tf.reduce_sum(layer(tf.sparse.from_dense([[5.0, 0.0, 7.0]])))
+    gradient = tape.gradient(outputs, layer.kernel.value)
+    assert isinstance(gradient, tf.IndexedSlices)
+    np.testing.assert_array_equal(tf.convert_to_tensor(gradient), [[10, 0], [0, 0], [14, 21]])
