@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -23,8 +25,8 @@ NEVER = -1
 class MaskedKernel(Kernel):
     """A kernel with its mask (bool, shaped like it) and its scale (float, broadcasts against it).
 
-    `settled`, where a layer has it, says that the masked values are zero and stay so in the training steps to come, which
-    then need not look at the mask on the way forward (`keras_renorm.settling`).
+    `settled`, where a layer has it, says that the masked values are zero and stay so in the training steps to come: those of
+    a model that is guarded need not look at the mask on the way forward (`keras_renorm.settling`).
     """
 
     mask: keras.Variable
@@ -45,17 +47,30 @@ class MaskedKernel(Kernel):
         from keras_renorm.layers.product import masked_product
 
         kernel = _tensor(self.variable)
-        return masked_product(ops.cast(inputs, kernel.dtype), kernel, _tensor(self.mask), _tensor(self.settled))
+        settled = _tensor(self.settled) if is_trusted(self) else None
+        return masked_product(ops.cast(inputs, kernel.dtype), kernel, _tensor(self.mask), settled)
 
     def effective(self) -> Any:
         """What the layer computes with: the masked kernel times the scale."""
         kernel = self.masked()
         return kernel * ops.cast(self.scale, kernel.dtype)
 
-    def set_settled(self, settled: bool) -> None:
-        """Note whether the masked values are zero and stay so."""
-        if self.settled is not None:
-            self.settled.assign(settled)
+
+_training = threading.local()
+
+
+@contextlib.contextmanager
+def trusting(kernels: Collection[MaskedKernel]) -> Iterator[None]:
+    """Here `settled` of these kernels is believed: what is traced in this thread looks at it."""
+    before, _training.trusted = getattr(_training, "trusted", ()), kernels
+    try:
+        yield
+    finally:
+        _training.trusted = before
+
+
+def is_trusted(kernel: MaskedKernel) -> bool:
+    return any(kernel is one for one in getattr(_training, "trusted", ()))
 
 
 class _RecordingScope(keras.StatelessScope):
@@ -216,7 +231,6 @@ class MaskedLayer:
             scale = np.reshape(scale, kernel.scale.shape)
             if np.array_equal(mask, as_array(kernel.mask)) and np.array_equal(scale, as_array(kernel.scale)):
                 continue
-            kernel.set_settled(False)
             kernel.mask.assign(mask)
             kernel.scale.assign(scale)
             changed = True
@@ -262,8 +276,6 @@ class MaskedLayer:
         keras.Layer.save_own_variables(self, store)
 
     def load_own_variables(self, store):
-        for kernel in self.masked_kernels:
-            kernel.set_settled(False)
         keras.Layer.load_own_variables(self, store)
 
     def get_config(self):
