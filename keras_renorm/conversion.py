@@ -14,6 +14,7 @@ from keras.src.models import Functional
 
 from keras_renorm import criteria, validation
 from keras_renorm.arrays import for_another
+from keras_renorm.delivery import shortfall
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
 from keras_renorm.layers.kernels import find_kernels
 from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
@@ -138,7 +139,7 @@ def strip(model: keras.Model) -> keras.Model:
     'Dense'
     """
     validation.check_model(model)
-    message = never_pruned(model)
+    message = shortfall(model)
     if message:
         warnings.warn(message, stacklevel=2)
     return plain_copy(model)[0]
@@ -172,20 +173,6 @@ def _plain_counterpart(layer: keras.Layer) -> keras.Layer | None:
     if isinstance(layer, keras.layers.Wrapper) and (inner := _plain_counterpart(layer.layer)) is not None:
         return copy_layer(layer, layer=keras.saving.serialize_keras_object(inner))
     return None
-
-
-def never_pruned(model: keras.Model) -> str | None:
-    """What to tell the user if layers have a schedule but no event ever removed a weight, or `None`."""
-    idle = [layer for layer in masked_layers(model) if layer.pruning_schedule is not None and layer.sparsity == 0]
-    if not idle:
-        return None
-    names = [layer.name for layer in idle]
-    trained = max(int(ops.convert_to_numpy(layer.pruning_step)) for layer in idle)
-    if trained <= 0:
-        remedy = "Pass the callback when training: `model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
-    else:
-        remedy = f"Training stopped after {trained} steps: train longer, or let the schedule begin earlier."
-    return f"No pruning event ever ran: layers {names} have a schedule, but all their weights are still there. {remedy}"
 
 
 def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> dict[int, keras.Layer]:

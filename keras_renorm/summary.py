@@ -9,7 +9,8 @@ import numpy as np
 
 from keras_renorm import validation
 from keras_renorm.arrays import as_array
-from keras_renorm.conversion import never_pruned, outermost_layers
+from keras_renorm.conversion import outermost_layers
+from keras_renorm.delivery import shortfall
 from keras_renorm.layers.kernels import find_kernels, name_within
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 from keras_renorm.tables import format_table
@@ -101,8 +102,8 @@ def summary(model: keras.Model) -> Summary:
             rows += [_plain_row(layer, kernel) for kernel in find_kernels(layer)]
         except ValueError as error:
             notes.append(f"Not pruned: {error}.")
-    idle = never_pruned(model)
-    return Summary(tuple(rows), tuple(notes + ([idle] if idle else [])))
+    missing = shortfall(model)
+    return Summary(tuple(rows), tuple(notes + ([missing] if missing else [])))
 
 
 def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import schedules
+from keras_renorm import delivery, schedules
 from keras_renorm.layers.masked import NEVER, MaskedLayer, masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
 from keras_renorm.settling import guard, innermost, settle, unsettle
@@ -64,6 +64,7 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._find_layers()
+        self._tell_after(getattr(self._model, "history", None))
 
     def on_epoch_begin(self, epoch, logs=None):
         # Not in `on_train_begin`, where `BackupAndRestore` may still be about to restore the step.
@@ -93,6 +94,21 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         unsettle(self._model)
+
+    def _tell_after(self, history: keras.callbacks.History | None) -> None:
+        """Let the user know of what is missing when all callbacks have ended: one behind this may restore earlier weights.
+
+        Keras puts the history at the end of the list.
+        """
+        if not isinstance(history, keras.callbacks.History):
+            return
+
+        def on_train_end(logs=None):
+            del history.on_train_end
+            self._bring_up_to_date()
+            delivery.warn_once(self._model)
+
+        history.on_train_end = on_train_end
 
     def step(self) -> None:
         """Count one trained batch, in a training loop of your own, and prune if an event is due."""
@@ -129,6 +145,9 @@ class UpdatePruning(keras.callbacks.Callback):
         self._bring_up_to_date()
         self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer, _ in self._layers)
         self._count_steps(write=True)
+        for layer, schedule in self._layers:
+            layer.goal = schedules.goal_of(schedule, began=self._trained)
+        delivery.warn_once(self._model, reasons=(delivery.PAST,))
         self._applied = self._times_applied()
         self._measure()
 
@@ -170,6 +189,9 @@ class UpdatePruning(keras.callbacks.Callback):
                 should_prune, sparsity = answers[key]
                 if should_prune:
                     due[id(layer)] = sparsity
+                    if schedules.goal_of(schedule) is None:
+                        # All that is known of its end is where it has come so far.
+                        layer.goal = schedules.Goal(sparsity, step, sparsity, step)
         self._trained += batches
         changed = update_masks(self.model, due) if due else False
         if changed:

@@ -19,6 +19,7 @@ from keras_renorm.events import prune_kernel
 from keras_renorm.layers.kernels import Kernel, find_kernels
 
 NEVER = -1
+_GOAL = "goal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,7 @@ class MaskedLayer:
         self.pattern.check(getattr(self.pruning_schedule, "max_sparsity", 0.0), group)
         self.regrow = validation.check_choice(regrow, (True, False), "regrow")
         self.masked_kernels = ()
+        self.goal: schedules.Goal | None = None
         self._count = None
 
     def _add_masks(self, layer: keras.Layer, settles: bool = False) -> None:
@@ -268,15 +270,28 @@ class MaskedLayer:
             self.pruning_step.assign(steps)
         self._count = (steps, steps if write else self._count[1])
 
+    @property
+    def was_restored(self) -> bool:
+        """Whether the step is one that was counted before, and came back with its weights."""
+        return self._count is not None and self._step() < self._count[0] and self._step() != self._count[1]
+
+    def _step(self) -> int:
+        return int(ops.convert_to_numpy(self.pruning_step))
+
     def save_own_variables(self, store):
         # Not if the variable was set by somebody else in between, as by restoring the best weights.
-        if self._count is not None and int(ops.convert_to_numpy(self.pruning_step)) == self._count[1]:
+        if self._count is not None and self._step() == self._count[1]:
             self.count_steps(self._count[0], write=True)
         # Not the Keras layer's own, which stores only the variables that it knows of.
         keras.Layer.save_own_variables(self, store)
+        if self.goal is not None:
+            store[_GOAL] = np.array(dataclasses.astuple(self.goal))
 
     def load_own_variables(self, store):
-        keras.Layer.load_own_variables(self, store)
+        values = {key: store[key] for key in store.keys()}  # noqa: SIM118 (a store is no dict)
+        goal = values.pop(_GOAL, None)
+        self.goal = None if goal is None else _goal_from(goal)
+        keras.Layer.load_own_variables(self, values)
 
     def get_config(self):
         return {
@@ -331,6 +346,11 @@ def plain_values(layer: keras.Layer) -> list[Any]:
     """What `plain_variables` must hold in the plain counterpart for it to compute what `layer` computes."""
     effective = {id(kernel.variable): kernel for part in masked_layers(layer) for kernel in part.masked_kernels}
     return [effective[id(v)].effective() if id(v) in effective else v for v in plain_variables(layer)]
+
+
+def _goal_from(values: np.ndarray) -> schedules.Goal:
+    sparsity, last_event, sparsity_at_last_event, end_step, began = (float(value) for value in np.asarray(values))
+    return schedules.Goal(sparsity, int(last_event), sparsity_at_last_event, int(end_step), int(began))
 
 
 def _scale_shape(kernel: Kernel) -> list[int]:
