@@ -103,7 +103,8 @@ def allocate(
         One sparsity for each kernel.
 
     Raises:
-        ValueError: if the sparsity is outside [0, 1), or the allocation is not known or gives something else than counts.
+        ValueError: if the sparsity is outside [0, 1) or more than `most` allows, or the allocation is not known or gives
+            something else than counts.
 
     Example:
 
@@ -114,6 +115,7 @@ def allocate(
     """
     sparsity, allocation = validation.check_sparsity(sparsity), get(allocation)
     sizes = np.array([kernel.size for kernel in kernels])
+    check_reachable(sizes, sparsity, most)
     keep = int(sizes.sum()) - round(sparsity * int(sizes.sum()))
     least = np.maximum(np.ceil((1 - np.asarray(most)) * sizes - 1e-9), np.minimum(1, keep // len(kernels)))
     counts, free = np.zeros(len(kernels)), np.ones(len(kernels), bool)
@@ -137,6 +139,21 @@ def allocate(
     counts = _whole(counts, keep, least, sizes)
     # A sparsity is below one, but may round to all weights of a kernel.
     return [min(float(1 - count / size), float(np.nextafter(1, 0))) for count, size in zip(counts, sizes)]
+
+
+def highest_sparsity(sizes: Sequence[int], most: float | Sequence[float]) -> float:
+    """The sparsity of all kernels together when each has lost `most` of its weights."""
+    return float(np.sum(np.asarray(most) * sizes) / np.sum(sizes))
+
+
+def check_reachable(sizes: Sequence[int], sparsity: float, most: float | Sequence[float]) -> None:
+    """Raise `ValueError` for a sparsity that kernels of these sizes cannot have together."""
+    highest = highest_sparsity(sizes, most)
+    if (sparsity - highest) * np.sum(sizes) > 0.5:
+        raise ValueError(
+            f"The patterns of the layers remove {highest:.4g} of all weights at most. Received: sparsity={sparsity}. Pass "
+            f"`sparsity={int(highest * 1e4) / 1e4}`, or another pattern for some of the layers."
+        )
 
 
 def _whole(counts, keep, least, sizes):

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras import ops
 from keras.src.models import Functional
 
 from keras_renorm import criteria, validation
-from keras_renorm.arrays import for_another
+from keras_renorm.arrays import as_array, for_another
 from keras_renorm.comparing import check_same
 from keras_renorm.copying import Copier, exchange_variable, with_config
+from keras_renorm.delivery import shortfall
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
 from keras_renorm.layers.kernels import Kernel, find_kernels
 from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
@@ -119,7 +119,7 @@ def _tell_what_does_not_load(model: keras.Model) -> None:
     ]
     if names:
         warnings.warn(
-            f"A `.keras` file of the prunable model will not load: what is saved of {', '.join(names)} are the arguments of its "
+            f"A `.keras` file of the prunable model will not load: of {', '.join(names)} it has the arguments of the "
             "constructor, which makes plain layers. Save with `save_weights` while it is prunable; after `keras_renorm.strip`, "
             "`save` works as before.",
             stacklevel=3,
@@ -139,12 +139,9 @@ def _check_exchangeable(model: keras.Model) -> None:
 def _masks_from_zeros(model: keras.Model) -> None:
     empty = []
     for layer in masked_layers(model):
-        for kernel in layer.masked_kernels:
-            # Layers that were prunable before have masks to keep.
-            kept = ops.convert_to_numpy(kernel.mask) & (ops.convert_to_numpy(kernel.variable) != 0)
-            kernel.mask.assign(kept)
-            if not kept.any():
-                empty.append(kernel.variable.path)
+        # Layers that were prunable before have masks to keep.
+        layer.mask_zeros()
+        empty += [kernel.variable.path for kernel in layer.masked_kernels if not as_array(kernel.mask).any()]
     if empty:
         warnings.warn(
             f"All weights of {empty} are zero, so with `from_zeros=True` they are masked for good. If a layer was only "
@@ -176,7 +173,7 @@ def strip(model: keras.Model) -> keras.Model:
     'Dense'
     """
     validation.check_model(model)
-    message = never_pruned(model)
+    message = shortfall(model)
     if message:
         warnings.warn(message, stacklevel=2)
     return plain_copy(model)[0]
@@ -242,20 +239,6 @@ def remade(copier: Copier, layer: keras.Layer, new: keras.Layer) -> keras.Layer:
             variable = shared
         variable.assign(for_another(value))
     return new
-
-
-def never_pruned(model: keras.Model) -> str | None:
-    """What to tell the user if layers have a schedule but no event ever removed a weight, or `None`."""
-    idle = [layer for layer in masked_layers(model) if layer.pruning_schedule is not None and layer.sparsity == 0]
-    if not idle:
-        return None
-    names = [layer.name for layer in idle]
-    trained = max(int(ops.convert_to_numpy(layer.pruning_step)) for layer in idle)
-    if trained <= 0:
-        remedy = "Pass the callback when training: `model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
-    else:
-        remedy = f"Training stopped after {trained} steps: train longer, or let the schedule begin earlier."
-    return f"No pruning event ever ran: layers {names} have a schedule, but all their weights are still there. {remedy}"
 
 
 def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> dict[int, keras.Layer]:
@@ -371,6 +354,8 @@ def copy_model(
     """
     copier = Copier(model, convert)
     new = copier.copy(model)
+    for kernel in (kernel for layer in masked_layers(new) for kernel in layer.masked_kernels if kernel.settled is not None):
+        kernel.settled.assign(False)
     check_same(model, new, copier.copies)
     if model.compiled:
         compile_like(new, model)

@@ -94,8 +94,8 @@ class Copier:
     def copy_within(self, layer: keras.Layer, *steps: Callable[[keras.Layer], None]) -> keras.Layer:
         """The copy of a layer in whose place something else comes.
 
-        When everything is copied, the steps get it: first the first step of each layer, then the second, of a layer after that of
-        the layers in it.
+        When everything is copied, the steps get it: the first step of each layer, then the second, of a layer after that of the
+        layers in it.
         """
         new = self._object(layer)
         self._conversions.append((new, steps))
@@ -153,7 +153,9 @@ class Copier:
         return {key: self._copy(value) for key, value in mapping.items()}
 
     def _variable(self, variable: keras.Variable) -> keras.Variable:
-        new = self._made(variable, _blank(variable, vars(variable)))
+        # Without methods of its own, by which somebody may watch what is assigned to this one.
+        state = {key: value for key, value in vars(variable).items() if not callable(getattr(type(variable), key, None))}
+        new = self._made(variable, _blank(variable, {key: state[key] for key in state if key not in _OF_TENSORFLOW}))
         if variable._value is not None:
             new._initialize(for_another(variable))
             self.replace(variable._value, new._value)

@@ -6,6 +6,7 @@ accepted wherever a schedule is. Step `s` is the moment when `s` batches have be
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Callable
@@ -126,6 +127,35 @@ class PolynomialDecay(PruningSchedule):
         length = self.end_step - self.begin_step
         share = min(1.0, max(0.0, (step - self.begin_step) / length)) if length else float(step >= self.begin_step)
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * (1 - share) ** self.power
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What a schedule asks for in the end, and when.
+
+    Args:
+        sparsity: what is to be there in the end.
+        last_event: the step by which all events have run that raise the sparsity.
+        sparsity_at_last_event: what that event prunes to, less than `sparsity` if `end_step` is not an event.
+        end_step: the step for which the schedule names `sparsity`.
+        began: the step at which the training began that follows the schedule.
+    """
+
+    sparsity: float
+    last_event: int
+    sparsity_at_last_event: float
+    end_step: int
+    began: int = 0
+
+
+def goal_of(schedule: Any, began: int = 0) -> Goal | None:
+    """The goal of a schedule; `None` for one that does not say where it ends."""
+    if isinstance(schedule, ConstantSparsity):
+        return Goal(schedule.target_sparsity, schedule.begin_step, schedule.target_sparsity, schedule.begin_step, began)
+    if not isinstance(schedule, PruningSchedule) or schedule.end_step < 0:
+        return None
+    end, last = schedule.end_step, schedule.end_step - (schedule.end_step - schedule.begin_step) % schedule.frequency
+    return Goal(evaluate(schedule, end)[1], last, evaluate(schedule, last)[1], end, began)
 
 
 _OWN = {cls.__name__: cls for cls in (ConstantSparsity, PolynomialDecay)}

@@ -6,10 +6,15 @@ every weight on its own leave it where it is.
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
-from keras_renorm.layers.masked import MaskedKernel, masked_layers
+from keras_renorm.layers.masked import MaskedKernel, is_trusted, masked_layers, trusting
 from keras_renorm.optimizers.wrapper import OptimizerWrapper
 
 # Their steps are zero for a weight whose value, gradient and memory are zero. Those of Muon and Lamb mix a kernel's weights.
@@ -26,17 +31,61 @@ _WEIGHT_BY_WEIGHT = {
 }
 
 
+class GuardedTrainFunction:
+    """A model's `train_function`, the only place where settled kernels are taken as they are.
+
+    Kernels are settled for the batches of one iterator, trained by one optimizer. `fit` has an iterator of its own, so that
+    what an interrupted `fit` leaves behind does not hold in a later one; `compile` makes another `train_function`.
+
+    Args:
+        model: the model that it trains.
+        function: what it trains with.
+    """
+
+    def __init__(self, model: keras.Model, function: Callable):
+        self._model, self._function = model, function
+        self._kernels = _kernels(model)
+        self._seen = self._settled_for = None
+
+    def __call__(self, iterator: Any) -> Any:
+        self._seen = weakref.ref(iterator)
+        if self._settled_for is not None and not self._holds(iterator):
+            unsettle(self._model)
+            self._settled_for = None
+        with trusting(self._kernels):
+            return self._function(iterator)
+
+    def settled(self) -> None:
+        """Kernels are settled from now on, for the iterator of the batch before."""
+        self._settled_for = self._seen, innermost(self._model.optimizer)
+
+    def _holds(self, iterator: Any) -> bool:
+        reference, optimizer = self._settled_for
+        return reference() is iterator and innermost(self._model.optimizer) is optimizer
+
+
+def guard(model: keras.Model) -> None:
+    """Let a model train with a function that lets kernels be settled. (One that was traced before looks at the masks.)"""
+    settles = any(kernel.settled is not None for kernel in _kernels(model))
+    if settles and callable(model.train_function) and not isinstance(model.train_function, GuardedTrainFunction):
+        model.train_function = GuardedTrainFunction(model, model.train_function)
+
+
 def settle(model: keras.Model) -> None:
     """Set masked values, and what the optimizer remembers of them, to zero, for a training step that costs no more than before.
 
     Kernels with a constraint, those whose weights may come back (`regrow=True`), those of optimizers that would not keep the
-    zeros, and all in models with a `train_step` of their own, which may train in any way, stay as they are.
+    zeros, and all in models with a `train_step` of their own, which may train in any way, stay as they are. A kernel or mask
+    that is assigned is settled no longer.
 
     Args:
         model: a model that is being trained.
     """
-    optimizer = _innermost(getattr(model, "optimizer", None))
+    optimizer = innermost(getattr(model, "optimizer", None))
+    function = getattr(model, "train_function", None)
     if type(optimizer) not in _WEIGHT_BY_WEIGHT or type(model).train_step is not keras.Model.train_step:
+        return
+    if not isinstance(function, GuardedTrainFunction):
         return
     for layer in masked_layers(model):
         for kernel in layer.masked_kernels:
@@ -46,17 +95,40 @@ def settle(model: keras.Model) -> None:
             mask = ops.convert_to_tensor(kernel.mask)
             for variable in (kernel.variable, *slots):
                 variable.assign(ops.where(mask, variable, ops.zeros((), variable.dtype)))
-            kernel.set_settled(True)
+            kernel.settled.assign(True)
+            for variable in (kernel.variable, kernel.mask):
+                variable.assign = functools.partial(_assign_and_unsettle, kernel, variable)
+    function.settled()
+
+
+def _assign_and_unsettle(kernel: MaskedKernel, variable: keras.Variable, value: Any) -> Any:
+    """`variable.assign(value)` while a kernel is settled."""
+    if not is_trusted(kernel):
+        _unsettle_kernel(kernel)
+    return type(variable).assign(variable, value)
 
 
 def unsettle(model: keras.Model) -> None:
     """From now on anybody may change the kernels: training steps apply the masks again."""
-    for layer in masked_layers(model):
-        for kernel in layer.masked_kernels:
-            kernel.set_settled(False)
+    for kernel in _kernels(model):
+        if kernel.settled is not None:
+            _unsettle_kernel(kernel)
 
 
-def _innermost(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer | None:
+def _kernels(model: keras.Model) -> list[MaskedKernel]:
+    return [kernel for layer in masked_layers(model) for kernel in layer.masked_kernels]
+
+
+def _unsettle_kernel(kernel: MaskedKernel) -> None:
+    import tensorflow as tf
+
+    with tf.init_scope():
+        kernel.settled.assign(False)
+    for variable in (kernel.variable, kernel.mask):
+        vars(variable).pop("assign", None)
+
+
+def innermost(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer | None:
     """The optimizer that takes the steps."""
     while isinstance(optimizer, (keras.optimizers.LossScaleOptimizer, OptimizerWrapper)):
         optimizer = optimizer.inner_optimizer

@@ -9,7 +9,8 @@ import numpy as np
 
 from keras_renorm import validation
 from keras_renorm.arrays import as_array
-from keras_renorm.conversion import kernels_by_layer, never_pruned, outermost_layers
+from keras_renorm.conversion import kernels_by_layer, outermost_layers
+from keras_renorm.delivery import shortfall
 from keras_renorm.layers.kernels import name_within
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 from keras_renorm.tables import format_table
@@ -103,8 +104,8 @@ def summary(model: keras.Model) -> Summary:
             notes.append(f"Not pruned: {found}.")
         else:
             rows += [_plain_row(layer, kernel) for kernel in found]
-    idle = never_pruned(model)
-    return Summary(tuple(rows), tuple(notes + ([idle] if idle else [])))
+    missing = shortfall(model)
+    return Summary(tuple(rows), tuple(notes + ([missing] if missing else [])))
 
 
 def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:

@@ -158,6 +158,21 @@ def test_a_sample_that_misleads_changes_nothing(monkeypatch):
         monkeypatch.undo()
 
 
+def test_a_limit_belongs_to_its_kernel():
+    # Of 80 weights 16 stay: 10 of the first, which may lose no more than half, and 6 of the second.
+    sparsities = allocate([np.ones((4, 5)), np.ones((6, 10))], 0.8, "uniform", most=[0.5, 1.0])
+    assert sparsities == pytest.approx([0.5, 0.9])
+
+
+def test_more_than_the_limits_allow():
+    kernels = [np.ones((4, 5)), np.ones((6, 10))]
+    assert allocate(kernels, 0.875, "uniform", most=[0.5, 1.0])[0] == 0.5
+    with pytest.raises(ValueError, match=r"remove 0.875 of all weights at most. Received: sparsity=0.9. Pass `sparsity=0.875`"):
+        allocate(kernels, 0.9, "uniform", most=[0.5, 1.0])
+    # An odd count is rounded, and no error.
+    assert allocate([np.ones((1, 11))], 0.5, "uniform", most=0.5) == pytest.approx([5 / 11])
+
+
 def test_wrong_input():
     with pytest.raises(ValueError, match="`allocation` must be one of.*uniform.*global.*erk.*lamp.*Received: allocation='er'"):
         allocate([np.ones(4)], 0.5, "er")

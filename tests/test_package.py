@@ -19,7 +19,7 @@ ROOMS = [
     ["criteria"],
     ["events"],
     ["layers"],
-    ["graph"],
+    ["graph", "delivery"],
     ["xnnpack"],
     ["targets"],
     ["calibration", "conversion"],

@@ -29,6 +29,10 @@ NOT_SETTLING = {"ftrl": K.Ftrl, "lamb": K.Lamb, "muon": K.Muon, "adafactor": lam
 needs_settling = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="layers settle on TensorFlow only")
 
 
+def is_settled(model):
+    return bool(keras.ops.convert_to_numpy(model.layers[0].masked_kernels[0].settled))
+
+
 class Watch(keras.callbacks.Callback):
     """Whether a kernel was settled after each batch."""
 
@@ -37,8 +41,7 @@ class Watch(keras.callbacks.Callback):
         self.settled = []
 
     def on_train_batch_end(self, batch, logs=None):
-        kernel = self.model.layers[0].masked_kernels[0]
-        self.settled.append(bool(keras.ops.convert_to_numpy(kernel.settled)))
+        self.settled.append(is_settled(self.model))
 
 
 ONE_EVENT = kr.schedules.ConstantSparsity(0.5, begin_step=4, end_step=4)
@@ -63,7 +66,7 @@ def test_settled_steps_give_what_others_give(name, monkeypatch):
     watch = Watch()
     settled = trained(SETTLING[name](), callbacks=[watch])
     assert sum(watch.settled) > 30
-    assert settling._innermost(settled.optimizer).iterations > 0
+    assert settling.innermost(settled.optimizer).iterations > 0
     monkeypatch.setattr(update_pruning, "settle", lambda model: None)
     other = trained(SETTLING[name]())
     for one, two in zip(settled.layers, other.layers):
@@ -145,6 +148,113 @@ def test_a_model_with_a_train_step_of_its_own_does_not_settle():
     model.fit(np.ones((80, 6)), np.ones((80, 2)), batch_size=4, verbose=0, callbacks=[pruning, watch])
     assert len(watch.settled) == 20
     assert not any(watch.settled)
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ctrl-C while kernels are settled."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 15:
+            assert is_settled(self.model)
+            raise KeyboardInterrupt
+
+
+def interrupted():
+    model, schedule = make_small(), kr.schedules.ConstantSparsity(0.5, 0, 0)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, Y, batch_size=2, verbose=0, callbacks=[kr.callbacks.UpdatePruning(schedule), Interrupt()])
+    return model
+
+
+X = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
+Y = X[:, :2] * X[:, 1:3]
+
+
+def make_small():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), kr.layers.PrunableDense(8, "tanh"), kr.layers.PrunableDense(2)])
+    model.compile("adam", "mse")
+    return model
+
+
+def fill(model):
+    """Let masked weights have other values than zero."""
+    for layer in model.layers:
+        mask = keras.ops.convert_to_numpy(layer.mask)
+        layer.kernel.assign(np.where(mask, keras.ops.convert_to_numpy(layer.kernel), 5.0))
+
+
+def assert_masked(model):
+    """What is masked does not count in training, whoever trains."""
+    inputs = keras.ops.convert_to_tensor(X)
+    expected = keras.ops.convert_to_numpy(model(inputs, training=False))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(model(inputs, training=True)), expected, atol=1e-5)
+    loss = np.mean((expected - Y) ** 2)
+    # Of an epoch of one batch: what it is before the step.
+    assert model.fit(X, Y, batch_size=40, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-4)
+
+
+@needs_settling
+@pytest.mark.parametrize("then", ["fill", "muon", "compiled", "another optimizer", "another model"])
+def test_nothing_is_settled_after_an_interrupted_training(then):
+    model = interrupted()
+    if then == "muon":
+        model.compile(keras.optimizers.Muon(0.01), "mse")
+        model.fit(X, Y, batch_size=2, verbose=0)
+        assert np.abs(
+            keras.ops.convert_to_numpy(model.layers[0].kernel)[~keras.ops.convert_to_numpy(model.layers[0].mask)]
+        ).any()
+    elif then == "another optimizer":
+        model.optimizer = keras.optimizers.Muon(0.01)
+        model.optimizer.build(model.trainable_variables)
+        model.make_train_function(force=True)
+        model.fit(X, Y, batch_size=2, verbose=0)
+    else:
+        fill(model)
+    if then == "compiled":
+        model.compile("adam", "mse")
+    if then == "another model":
+        model = keras.Sequential([keras.Input((6,)), *model.layers])
+        model.compile("adam", "mse")
+    assert_masked(model)
+
+
+@needs_settling
+def test_one_batch_after_an_interrupted_training():
+    model = interrupted()
+    fill(model)
+    loss = np.mean((keras.ops.convert_to_numpy(model(X)) - Y) ** 2)
+    assert model.train_on_batch(X, Y) == pytest.approx(loss, rel=1e-4)
+
+
+@needs_settling
+@pytest.mark.parametrize("what", ["kernel", "mask", "weights", "optimizer"])
+def test_what_other_callbacks_do_in_an_epoch_counts(what):
+    class Change(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch != 15:
+                return
+            layer = self.model.layers[0]
+            assert bool(layer.masked_kernels[0].settled)
+            if what == "kernel":
+                layer.kernel.assign_add(np.full((6, 8), 5.0))
+            elif what == "mask":
+                layer.mask.assign(np.zeros((6, 8), bool))
+            elif what == "weights":
+                self.model.set_weights(
+                    [np.where(value == 0, 5, value).astype(value.dtype) for value in self.model.get_weights()]
+                )
+            else:
+                self.model.optimizer = keras.optimizers.Muon()
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 15:
+                self.settled = is_settled(self.model)
+
+    change, model = Change(), make_small()
+    pruning = kr.callbacks.UpdatePruning(kr.schedules.ConstantSparsity(0.5, 0, 0))
+    model.fit(X, Y, batch_size=2, verbose=0, callbacks=[pruning, change])
+    assert not change.settled
 
 
 def test_settling_is_not_a_weight():

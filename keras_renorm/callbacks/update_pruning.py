@@ -3,11 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 
-from keras_renorm import schedules
+from keras_renorm import delivery, schedules
 from keras_renorm.layers.masked import NEVER, MaskedLayer, masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
-from keras_renorm.settling import settle, unsettle
+from keras_renorm.settling import guard, innermost, settle, unsettle
 
 # Batches without a change of masks: settling costs what it saves in as many. Steps that are often pruned are not worth it.
 _SETTLE_AFTER = 10
@@ -63,6 +64,7 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._find_layers()
+        self._tell_after(getattr(self._model, "history", None))
 
     def on_epoch_begin(self, epoch, logs=None):
         # Not in `on_train_begin`, where `BackupAndRestore` may still be about to restore the step.
@@ -72,11 +74,15 @@ class UpdatePruning(keras.callbacks.Callback):
                 self._advance(1)
         # Settle again: at the end of an epoch anything may have happened to the kernels.
         unsettle(self._model)
+        guard(self._model)
         self._since_change = 0
         self._last_batch = -1
 
     def on_train_batch_end(self, batch, logs=None):
         self._since_change = 0 if self._advance(self._batches_until(batch)) else self._since_change + 1
+        if batch + 1 >= (self.params.get("steps") or np.inf):
+            # Before callbacks that take the weights at the end of the epoch, wherever they stand in the list.
+            self._count_steps(write=True)
         if self._since_change == _SETTLE_AFTER:
             settle(self._model)
         self._last_batch = batch
@@ -88,6 +94,21 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         unsettle(self._model)
+
+    def _tell_after(self, history: keras.callbacks.History | None) -> None:
+        """Let the user know of what is missing when all callbacks have ended: one behind this may restore earlier weights.
+
+        Keras puts the history at the end of the list.
+        """
+        if not isinstance(history, keras.callbacks.History):
+            return
+
+        def on_train_end(logs=None):
+            del history.on_train_end
+            self._bring_up_to_date()
+            delivery.warn_once(self._model)
+
+        history.on_train_end = on_train_end
 
     def step(self) -> None:
         """Count one trained batch, in a training loop of your own, and prune if an event is due."""
@@ -124,30 +145,34 @@ class UpdatePruning(keras.callbacks.Callback):
         self._bring_up_to_date()
         self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer, _ in self._layers)
         self._count_steps(write=True)
-        self._iterations = self._optimizer_iterations()
+        for layer, schedule in self._layers:
+            layer.goal = schedules.goal_of(schedule, began=self._trained)
+        delivery.warn_once(self._model, reasons=(delivery.PAST,))
+        self._applied = self._times_applied()
         self._measure()
 
     def _batches_until(self, batch: int) -> int:
         """How many batches were trained since the last call, when Keras says that batch `batch` ended."""
         by_index = batch - self._last_batch
-        before, self._iterations = self._iterations, self._optimizer_iterations()
-        if self._iterations is None:
+        if getattr(self._model, "steps_per_execution", 1) == 1:
             return by_index
         # An execution of several steps may reach past the end of the data, where the index does not follow.
-        counted = self._iterations - before
-        return counted if 0 < counted <= by_index else by_index
+        steps = self.params.get("steps")
+        within_epoch = min(by_index, steps - 1 - self._last_batch) if steps else by_index
+        before, self._applied = self._applied, self._times_applied()
+        counted = min(self._applied - before, by_index)
+        if counted <= 0 or isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer):
+            # No count: the model does not train with its optimizer. Or too low a one: batches whose gradients overflow.
+            return max(counted, within_epoch)
+        return counted
 
-    def _optimizer_iterations(self) -> int | None:
-        """The optimizer's count of batches, asked for only where Keras' own index may be wrong."""
-        optimizer = getattr(self._model, "optimizer", None)
+    def _times_applied(self) -> int:
+        """How many batches the optimizer has seen; its `iterations` are fewer if it accumulates their gradients."""
+        optimizer = innermost(getattr(self._model, "optimizer", None))
         if getattr(self._model, "steps_per_execution", 1) == 1 or optimizer is None:
-            return None
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            # It does not count batches whose gradients overflowed.
-            return None
+            return 0
         self._bring_up_to_date()
-        every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        return int(keras.ops.convert_to_numpy(optimizer.iterations)) * every
+        return int(keras.ops.convert_to_numpy(optimizer._iterations))
 
     def _advance(self, batches: int) -> bool:
         """Count trained batches and run the events that fall due, of several for one layer the last.
@@ -164,6 +189,9 @@ class UpdatePruning(keras.callbacks.Callback):
                 should_prune, sparsity = answers[key]
                 if should_prune:
                     due[id(layer)] = sparsity
+                    if schedules.goal_of(schedule) is None:
+                        # All that is known of its end is where it has come so far.
+                        layer.goal = schedules.Goal(sparsity, step, sparsity, step)
         self._trained += batches
         changed = update_masks(self.model, due) if due else False
         if changed:

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 
 from keras_renorm import validation
-from keras_renorm.conversion import never_pruned, strip
+from keras_renorm.conversion import strip
+from keras_renorm.delivery import shortfall
 from keras_renorm.export.converter import convert, first_line
 from keras_renorm.export.flatbuffer import weight_tensors
 from keras_renorm.export.inputs import SAMPLES, as_inputs, random_inputs, range_notes
@@ -68,7 +69,7 @@ def export_tflite(
     True
     """
     path = _check_arguments(model, path, quantize, representative_data)
-    notes = [note] if (note := never_pruned(model)) else []
+    notes = [note] if (note := shortfall(model)) else []
     representative = None if representative_data is None else as_inputs(model, representative_data, "representative_data")
     if samples is not None:
         inputs = as_inputs(model, samples, "samples")

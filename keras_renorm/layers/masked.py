@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,14 +19,15 @@ from keras_renorm.events import prune_kernel
 from keras_renorm.layers.kernels import Kernel, find_kernels
 
 NEVER = -1
+_GOAL = "goal"
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedKernel(Kernel):
     """A kernel with its mask (bool, shaped like it) and its scale (float, broadcasts against it).
 
-    `settled`, where a layer has it, says that the masked values are zero and stay so in the training steps to come, which
-    then need not look at the mask on the way forward (`keras_renorm.settling`).
+    `settled`, where a layer has it, says that the masked values are zero and stay so in the training steps to come: those of
+    a model that is guarded need not look at the mask on the way forward (`keras_renorm.settling`).
     """
 
     mask: keras.Variable
@@ -47,17 +50,30 @@ class MaskedKernel(Kernel):
         kernel, mask = _tensor(self.variable), _tensor(self.mask)
         if is_sparse:
             return ops.matmul(inputs, masked_rows(kernel, mask))
-        return masked_product(ops.cast(inputs, kernel.dtype), kernel, mask, _tensor(self.settled))
+        settled = _tensor(self.settled) if is_trusted(self) else None
+        return masked_product(ops.cast(inputs, kernel.dtype), kernel, mask, settled)
 
     def effective(self) -> Any:
         """What the layer computes with: the masked kernel times the scale."""
         kernel = self.masked()
         return kernel * ops.cast(self.scale, kernel.dtype)
 
-    def set_settled(self, settled: bool) -> None:
-        """Note whether the masked values are zero and stay so."""
-        if self.settled is not None:
-            self.settled.assign(settled)
+
+_training = threading.local()
+
+
+@contextlib.contextmanager
+def trusting(kernels: Collection[MaskedKernel]) -> Iterator[None]:
+    """Here `settled` of these kernels is believed: what is traced in this thread looks at it."""
+    before, _training.trusted = getattr(_training, "trusted", ()), kernels
+    try:
+        yield
+    finally:
+        _training.trusted = before
+
+
+def is_trusted(kernel: MaskedKernel) -> bool:
+    return any(kernel is one for one in getattr(_training, "trusted", ()))
 
 
 class _RecordingScope(keras.StatelessScope):
@@ -108,6 +124,7 @@ class MaskedLayer:
         self.pattern.check(getattr(self.pruning_schedule, "max_sparsity", 0.0), group)
         self.regrow = validation.check_choice(regrow, (True, False), "regrow")
         self.masked_kernels = ()
+        self.goal: schedules.Goal | None = None
         self._count = None
 
     def _add_masks(self, layer: keras.Layer, settles: bool = False) -> None:
@@ -218,7 +235,6 @@ class MaskedLayer:
             scale = np.reshape(scale, kernel.scale.shape)
             if np.array_equal(mask, as_array(kernel.mask)) and np.array_equal(scale, as_array(kernel.scale)):
                 continue
-            kernel.set_settled(False)
             kernel.mask.assign(mask)
             kernel.scale.assign(scale)
             changed = True
@@ -227,7 +243,6 @@ class MaskedLayer:
     def keep_all(self, kernels: Sequence[MaskedKernel]) -> None:
         """Keep all weights of some kernels, with scales of one, and count steps from the start, as in a new layer."""
         for kernel in kernels:
-            kernel.set_settled(False)
             kernel.mask.assign(ops.ones(kernel.mask.shape, "bool"))
             kernel.scale.assign(ops.ones(kernel.scale.shape))
         self.count_steps(NEVER, write=True)
@@ -236,7 +251,6 @@ class MaskedLayer:
         """Mask the weights that are zero, such as those of a sparse model whose weights were loaded."""
         for kernel in self.masked_kernels:
             kept = as_array(kernel.mask) & (as_array(kernel.variable) != 0)
-            kernel.set_settled(False)
             kernel.mask.assign(kept)
 
     def _compute_mask(
@@ -278,22 +292,33 @@ class MaskedLayer:
             self.pruning_step.assign(steps)
         self._count = (steps, steps if write else self._count[1])
 
+    @property
+    def was_restored(self) -> bool:
+        """Whether the step is one that was counted before, and came back with its weights."""
+        return self._count is not None and self._step() < self._count[0] and self._step() != self._count[1]
+
+    def _step(self) -> int:
+        return int(ops.convert_to_numpy(self.pruning_step))
+
     def save_own_variables(self, store):
         # Not if the variable was set by somebody else in between, as by restoring the best weights.
-        if self._count is not None and int(ops.convert_to_numpy(self.pruning_step)) == self._count[1]:
+        if self._count is not None and self._step() == self._count[1]:
             self.count_steps(self._count[0], write=True)
         # Not the Keras layer's own, which stores only the variables that it knows of.
         keras.Layer.save_own_variables(self, store)
+        if self.goal is not None:
+            store[_GOAL] = np.array(dataclasses.astuple(self.goal))
 
     def load_own_variables(self, store):
-        for kernel in self.masked_kernels:
-            kernel.set_settled(False)
+        values = {key: store[key] for key in store.keys()}  # noqa: SIM118 (a store is no dict)
+        goal = values.pop(_GOAL, None)
+        self.goal = None if goal is None else _goal_from(goal)
         own = self._trainable_variables + self._non_trainable_variables
         plain = without_added(own, [self])
-        if plain and len(store.keys()) == len(plain):
-            _load_plain(self, plain, store)
+        if plain and len(values) == len(plain):
+            _load_plain(self, plain, values)
         else:
-            keras.Layer.load_own_variables(self, store)
+            keras.Layer.load_own_variables(self, values)
 
     def get_config(self):
         return {
@@ -388,6 +413,11 @@ def plain_values(layer: keras.Layer) -> list[Any]:
     """What `plain_variables` must hold in the plain counterpart for it to compute what `layer` computes."""
     effective = {id(kernel.variable): kernel for part in masked_layers(layer) for kernel in part.masked_kernels}
     return [effective[id(v)].effective() if id(v) in effective else v for v in plain_variables(layer)]
+
+
+def _goal_from(values: np.ndarray) -> schedules.Goal:
+    sparsity, last_event, sparsity_at_last_event, end_step, began = (float(value) for value in np.asarray(values))
+    return schedules.Goal(sparsity, int(last_event), sparsity_at_last_event, int(end_step), int(began))
 
 
 def _scale_shape(kernel: Kernel) -> list[int]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import tensorflow as tf
 
 
-def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settled: tf.Tensor) -> tf.Tensor:
+def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settled: tf.Tensor | None) -> tf.Tensor:
     """`inputs @ where(mask, kernel, 0)`, without a gradient for what is masked.
 
     Args:
         inputs: of shape `(batch, inputs)` and the dtype of the kernel.
         kernel: of shape `(inputs, units)`.
         mask: bool, shaped like the kernel.
-        settled: bool scalar: whether masked values are zero, so that the mask need not be looked at on the way forward.
+        settled: bool scalar: whether masked values are zero, so that the mask need not be looked at on the way forward; `None`
+            to look at it always.
     """
 
     def masked(values):
@@ -21,7 +22,7 @@ def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settle
 
     @tf.custom_gradient
     def mask_kernel(kernel):
-        return tf.cond(settled, lambda: kernel, lambda: masked(kernel)), masked
+        return masked(kernel) if settled is None else tf.cond(settled, lambda: kernel, lambda: masked(kernel)), masked
 
     return _product(inputs, mask_kernel(kernel))
 

@@ -68,6 +68,10 @@ class Search(keras.callbacks.Callback):
                 f"Model '{self.model.name}' has no prunable layers, so `{name}` has nothing to do. Convert it first: "
                 "`model = keras_renorm.to_prunable(model)`."
             )
+        kernels = [(layer, masked) for layer in masked_layers(self.model) for masked in layer.masked_kernels]
+        sizes, most = [masked.size for _, masked in kernels], [layer.pattern.most for layer, _ in kernels]
+        for phase in self.phases:
+            allocations.check_reachable(sizes, phase.sparsity or 0.0, most)
         epochs = self.params.get("epochs") or 1
         if epochs < self.total_epochs:
             raise ValueError(
@@ -155,8 +159,8 @@ class Search(keras.callbacks.Callback):
         sparsities = [None] * len(kernels)
         if self.sparsity is not None:
             values = [ops.convert_to_numpy(masked.variable) for _, masked in kernels]
-            most = min(layer.pattern.most for layer, _ in kernels)
-            sparsities = allocations.allocate(values, self.sparsity, self.allocation, most=most)
+            most = [layer.pattern.most for layer, _ in kernels]
+            sparsities = allocations.allocate(values, self.sparsity, self.allocation, most)
         for index, ((layer, masked), sparsity) in enumerate(zip(kernels, sparsities)):
             yield Place(layer, masked, index, recorder), sparsity
 
@@ -179,8 +183,8 @@ class DissipatingGradients(Search):
         allocation: how `sparsity` is divided among kernels, as in `keras_renorm.prune`.
 
     Raises:
-        ValueError: if an argument is not possible; when training begins, if the model has no prunable layers, the fit is
-            shorter than the search, or the optimizer cannot be recorded.
+        ValueError: if an argument is not possible; when training begins, if the model has no prunable layers, their patterns
+            cannot give the sparsity, the fit is shorter than the search, or the optimizer cannot be recorded.
 
     Example:
 
@@ -238,7 +242,7 @@ class DissipatingGradients(Search):
                 f"Argument `fraction` is too large: no weight of {place.name} moved farther. Received: fraction="
                 f"{self.fraction}; the largest movement is {movement.max():.2g}."
             )
-        return gone / movement.size
+        return min(gone / movement.size, place.layer.pattern.most)
 
 
 class KStarts(Search):

@@ -203,11 +203,12 @@ def _scores_by_data(model: keras.Model, criterion: CalibratedCriterion, samples:
 def _prune(model: keras.Model, scores: dict[int, np.ndarray], sparsity: float, allocation: Callable) -> None:
     """Remove the weights with the lowest scores, until the model has the sparsity."""
     kernels = [(layer, masked) for layer in masked_layers(model) for masked in layer.masked_kernels]
-    most = min(layer.pattern.most for layer, _ in kernels)
-    one_weight_each = 1 - len(kernels) / sum(masked.size for _, masked in kernels)
+    most, sizes = [layer.pattern.most for layer, _ in kernels], [masked.size for _, masked in kernels]
+    one_weight_each = 1 - len(kernels) / sum(sizes)
+    sparsity = min(sparsity, one_weight_each, allocations.highest_sparsity(sizes, most))
     in_order = [scores[id(masked.variable)] for _, masked in kernels]
     sparsities: dict[int, list[float]] = {}
-    for (layer, _), one in zip(kernels, allocations.allocate(in_order, min(sparsity, one_weight_each), allocation, most=most)):
+    for (layer, _), one in zip(kernels, allocations.allocate(in_order, sparsity, allocation, most)):
         sparsities.setdefault(id(layer), []).append(one)
     update_masks(model, sparsities, scores)
 

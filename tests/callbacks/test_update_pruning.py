@@ -78,12 +78,31 @@ def test_tensorboard_shows_the_sparsity(tmp_path, tf):
     assert "epoch_sparsity" in tags
 
 
+several_steps = pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras on PyTorch takes one step at a time")
+
+
 @pytest.mark.parametrize("steps_per_execution", [2, 3, 5])
 def test_steps_per_execution(steps_per_execution):
     model = make(steps_per_execution=steps_per_execution)
     fit(model)
     assert kr.summary(model).sparsity == 0.75
     assert {int(layer.pruning_step) for layer in masked_layers(model)} == {12}
+
+
+@pytest.mark.parametrize("accumulated", [None, 2, 3])
+@pytest.mark.parametrize("steps_per_execution", [1, *(pytest.param(steps, marks=several_steps) for steps in (2, 4, 5))])
+def test_every_batch_is_a_step(accumulated, steps_per_execution):
+    optimizer = keras.optimizers.SGD(0.01, gradient_accumulation_steps=accumulated)
+    schedule = kr.schedules.ConstantSparsity(0.5, 31, end_step=31)
+    model = make(schedule, optimizer=optimizer, steps_per_execution=steps_per_execution)
+    callback = kr.callbacks.UpdatePruning(schedule)
+    # 11 batches: none of the numbers divides them.
+    fit(model, callback, batch_size=3, epochs=1)
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {11}
+    assert callback.sparsity == 0
+    fit(model, callback, batch_size=3, initial_epoch=1)
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {33}
+    assert callback.sparsity == 0.5
 
 
 @pytest.mark.parametrize(
@@ -100,9 +119,6 @@ def test_ways_to_train(arguments):
     fit(model)
     assert kr.summary(model).sparsity == 0.75
     assert {int(layer.pruning_step) for layer in masked_layers(model)} == {12}
-
-
-several_steps = pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras on PyTorch takes one step at a time")
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
@@ -293,6 +309,32 @@ def test_early_stopping_restores_masks_and_step(tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert {int(layer.pruning_step) for layer in masked_layers(again)} == step
+
+
+@several_steps
+@pytest.mark.parametrize("wrap", [kr.optimizers.IrrelevanceDecay, keras.optimizers.LossScaleOptimizer])
+def test_every_batch_is_a_step_of_a_wrapped_optimizer(wrap):
+    optimizer = wrap(keras.optimizers.Adam(gradient_accumulation_steps=3))
+    model = make(optimizer=optimizer, steps_per_execution=4)
+    fit(model, batch_size=3)
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {33}
+
+
+def test_steps_per_epoch_beyond_whole_executions(tf):
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4).repeat()
+    model = make(steps_per_execution=4)
+    # Keras trains two executions of four.
+    model.fit(data, steps_per_epoch=5, verbose=0, shuffle=False, callbacks=[kr.callbacks.UpdatePruning(SCHEDULE)])
+    assert int(model.optimizer.iterations) == 8
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {8}
+
+
+def test_the_best_weights_come_with_their_step_whatever_the_order():
+    model = make()
+    stopping = keras.callbacks.EarlyStopping("loss", restore_best_weights=True, baseline=-1.0, patience=1)
+    callbacks = [stopping, kr.callbacks.UpdatePruning(SCHEDULE)]
+    model.fit(X, Y, batch_size=8, epochs=5, verbose=0, callbacks=callbacks)
+    assert {int(layer.pruning_step) for layer in masked_layers(model)} == {4 * (stopping.best_epoch + 1)}
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")

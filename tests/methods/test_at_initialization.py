@@ -497,6 +497,30 @@ def test_an_optimizer_that_is_not_used():
         fit(model, KStarts(0.5, fitness="gradient"))
 
 
+def test_the_limit_of_a_pattern_belongs_to_its_kernel():
+    for method in (KStarts(0.7, k=3, search_epochs=1), DissipatingGradients(0.7), METHODS["combination"](0.7)):
+        model = make(kr.layers.PrunableDense(20, "relu", pattern=kr.patterns.NOfM(2, 4)))
+        fit(model, method, epochs=2)
+        # Of 440 weights 132 stay: of the 240 of the first layer 120 have to.
+        assert [layer.sparsity for layer in masked_layers(model)] == pytest.approx([0.5, 0.94])
+
+
+def test_more_than_the_patterns_allow():
+    model = make(kr.layers.PrunableDense(20, "relu", pattern=kr.patterns.NOfM(2, 4)))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"remove 0.7273 of all weights at most. Received: sparsity=0.8"):
+        fit(model, KStarts(0.8))
+    for one, other in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_fraction_removes_no_more_than_the_pattern_can():
+    model = make(kr.layers.PrunableDense(20, "relu", pattern=kr.patterns.NOfM(2, 4)))
+    fit(model, DissipatingGradients(fraction=0.015, search_epochs=1))
+    assert [layer.sparsity > 0.6 for layer in masked_layers(model)] == [False, True]
+    assert masked_layers(model)[0].sparsity == 0.5
+
+
 def test_too_large_a_fraction():
     model = make()
     with pytest.raises(ValueError, match="`fraction` is too large.*fraction=1000"):

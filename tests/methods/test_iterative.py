@@ -164,6 +164,23 @@ def test_allocations_and_patterns(allocation, pattern):
     assert all(one.sparsity < other.sparsity for one, other in zip(found.history, found.history[1:]))
 
 
+def test_the_limit_of_a_pattern_belongs_to_its_kernel():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(100, name="first"), keras.layers.Dense(1, name="last")])
+    model.compile("sgd", "mse")
+    found = prune(
+        model,
+        lambda model: {"loss": 0.0},
+        metric="loss",
+        floor=1.0,
+        tolerance=None,
+        step=0.5,
+        max_rounds=2,
+        pattern={"last": kr.patterns.NOfM(2, 4)},
+    )
+    assert found.sparsity == 0.75
+    assert np.count_nonzero(found.model.get_layer("last").kernel) >= 50
+
+
 def test_a_global_threshold():
     model = make(layers=[keras.layers.Dense(100, use_bias=False, name="a"), keras.layers.Dense(50, use_bias=False, name="b")])
     kernels = [keras.ops.convert_to_numpy(model.get_layer(name).kernel) for name in "ab"]
