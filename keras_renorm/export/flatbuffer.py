@@ -34,7 +34,13 @@ def make(kind: str, **fields: Any) -> Any:
 
 def parse(data: bytes) -> Any:
     """A file's contents, in the classes that TensorFlow generates from the schema."""
-    return schema().ModelT.InitFromPackedBuf(data, 0)
+    model = schema().ModelT.InitFromPackedBuf(data, 0)
+    for graph in model.subgraphs:
+        for part in ("inputs", "outputs", "operators", "tensors"):
+            # What is empty may be left out of a file.
+            if getattr(graph, part) is None:
+                setattr(graph, part, [])
+    return model
 
 
 def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
@@ -57,10 +63,15 @@ def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but cannot be read ({error!r}). "
-            f"Received: {argument}={str(path)!r}."
-        ) from error
+        raise damaged(path, argument, error) from error
+
+
+def damaged(path: pathlib.Path, argument: str, error: Exception) -> ValueError:
+    """The error of a file that begins like a `.tflite` model and is none, found in whatever part was read."""
+    return ValueError(
+        f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but is damaged ({error!r}): copy or "
+        f"export it again. Received: {argument}={str(path)!r}."
+    )
 
 
 def pack(model: Any) -> bytes:
