@@ -35,7 +35,6 @@ def convert(
 
     Raises:
         RuntimeError: if the model cannot be converted.
-        OSError: if there is no space for it.
     """
     settings = _settings(model, quantize, representative)
     if fixed_batch:
@@ -48,8 +47,6 @@ def convert(
         with _quiet(), failures.whole_tracebacks():
             model.export(str(path), format="litert", verbose=False, **settings)
     except Exception as error:
-        if failures.disk_is_full(error):
-            raise failures.no_space() from error
         reason = failures.reason(error, layer_names(model))
         raise RuntimeError(f"TensorFlow could not convert model '{model.name}': {reason}") from error
 

@@ -34,12 +34,14 @@ def reason(error: Exception, layers: frozenset[str] = frozenset()) -> str:
     ]:
         places = re.findall(r'"([^"@]+/[^"@]+)@', text)
         return unknown_operations(operations, [layer_of(place, layers) or place for place in places])
+    if "argument names for SavedModel signature" in text:
+        return f"{_cause(error)}. Give inputs names of letters, digits and underscores that differ in more than case."
     found = _failing_call(error)
     if found is None:
         return _cause(error)
     layer, outer, where = found
     name = f"'{layer.name}' ({type(layer).__name__})" + "".join(f" of '{one.name}'" for one in reversed(outer))
-    return f"Layer {name} fails in its `call` ({where}): {_cause(error)}. {_remedy(layer, error)}"
+    return f"Layer {name} fails in its `call`{where}: {_cause(error)}. {_remedy(layer, error)}"
 
 
 def unknown_operations(operations: Iterable[str], places: Iterable[str]) -> str:
@@ -47,8 +49,8 @@ def unknown_operations(operations: Iterable[str], places: Iterable[str]) -> str:
     where = ", ".join(f"'{place}'" for place in dict.fromkeys(places)) or "the model"
     names = ", ".join(dict.fromkeys(name.removeprefix("Flex") for name in operations))
     return (
-        f"TFLite has no operation {names} (in {where}). Write that layer with operations that it has, or export the part of "
-        "the model before it."
+        f"TFLite has no operation {names} (in {where}). Write that layer with operations that it has, or do its work "
+        "outside of the exported model: before it, as with lookups of words, or after it."
     )
 
 
@@ -62,22 +64,27 @@ def layer_of(scope: str, layers: frozenset[str]) -> str | None:
     return None
 
 
-def disk_is_full(error: BaseException | None) -> bool:
+@contextlib.contextmanager
+def full_disk_told(path: pathlib.Path) -> Iterator[None]:
+    """Say so where the reason of an error is a disk without space, for the file or for what the converter writes before."""
+    try:
+        yield
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise OSError(
+            f"'{path}' was not written: no space is left in its folder, or in the temporary folder '{tempfile.gettempdir()}', "
+            "where TensorFlow converts. Make room, or name another temporary folder in the environment variable TMPDIR."
+        ) from error
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is that of a disk without space."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def no_space() -> OSError:
-    """The error of a disk without space, where TensorFlow writes what it converts."""
-    return OSError(
-        errno.ENOSPC,
-        f"No space left where the model is converted: in the temporary folder '{tempfile.gettempdir()}', or beside the file. "
-        "Make room, or name another temporary folder in the environment variable TMPDIR",
-    )
 
 
 @contextlib.contextmanager
@@ -98,11 +105,16 @@ def _failing_call(error: Exception) -> tuple[keras.Layer, list[keras.Layer], str
     for frame, line in traceback.walk_tb(error.__traceback__):
         layer = frame.f_locals.get("self")
         if frame.f_code.co_name == "call" and isinstance(layer, keras.Layer):
-            calls.append((layer, f"line {line} of {pathlib.Path(frame.f_code.co_filename).name}"))
+            place = f" (line {line} of {pathlib.Path(frame.f_code.co_filename).name})"
+            calls.append((layer, "" if _is_of_keras(layer) else place))
     layers = list(dict.fromkeys(layer for layer, _ in calls if not isinstance(layer, (keras.Model, keras.Sequential))))
     if not layers:
         return None
     return layers[-1], layers[:-1], next(where for layer, where in reversed(calls) if layer is layers[-1])
+
+
+def _is_of_keras(layer: keras.Layer) -> bool:
+    return type(layer).__module__.startswith("keras.")
 
 
 def _cause(error: Exception) -> str:
@@ -114,14 +126,15 @@ def _cause(error: Exception) -> str:
     if lines and lines[0] == "in user code:":
         # TensorFlow's tracer writes the code before the reason.
         lines = [line for line in lines[1:] if re.match(r"[A-Za-z]+(Error|Exception)\b", line)] or lines[-1:]
-    text = lines[0][:_LENGTH].rstrip(".") if lines else ""
+    # The first sentence; the second is advice for other cases.
+    text = re.split(r"\.\s", lines[0])[0][:_LENGTH].rstrip(".") if lines else ""
     named = isinstance(error, (RuntimeError, ValueError, TypeError, OSError)) and text
     return text if named else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _remedy(layer: keras.Layer, error: Exception) -> str:
-    if type(layer).__module__.startswith("keras."):
-        return "Give it other arguments, or export the part of the model before it."
+    if _is_of_keras(layer):
+        return "Give it other inputs or arguments, or export the part of the model before it."
     text = str(error)
     if "NoneType" in text or "None of type" in text:
         return "It takes a size for known that is not: read sizes with `keras.ops.shape`, or give `keras.Input` all of them."

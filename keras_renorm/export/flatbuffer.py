@@ -191,13 +191,16 @@ def describe(model: Any, tensor: Any) -> TensorReport:
     """How a constant tensor is stored."""
     values = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
     shape = tuple(int(side) for side in tensor.shape)
+    size = int(np.prod(shape))
+    if tensor.sparsity is None and len(values) != size * np.dtype(dtype_of(tensor)).itemsize:
+        raise ValueError(f"tensor '{first_name(tensor)}' of shape {shape} has {len(values)} bytes")
     # Weights are quantized symmetrically: zero stays zero.
     kept = np.count_nonzero(np.frombuffer(values.tobytes(), dtype_of(tensor)))
     return TensorReport(
         name=tensor.name.decode(),
         shape=shape,
         dtype=np.dtype(dtype_of(tensor)).name,
-        sparsity=1 - int(kept) / int(np.prod(shape)),
+        sparsity=1 - int(kept) / size,
         bytes=len(values) + _index_bytes(tensor.sparsity),
         stored_sparse=tensor.sparsity is not None,
     )

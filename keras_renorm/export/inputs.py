@@ -123,6 +123,11 @@ def has_free_sides(model: keras.Model) -> bool:
     return any(side is None for spec in _specs(model) for side in spec.shape[1:])
 
 
+def in_half(layer: keras.Layer) -> bool:
+    """Whether a layer computes with floats of another width than 32 bits."""
+    return keras.backend.is_float_dtype(layer.compute_dtype) and layer.compute_dtype != "float32"
+
+
 def random_inputs(model: keras.Model, side: int = FREE_SIDES[0]) -> list[np.ndarray]:
     """A few samples for a model that nothing is known of but the shapes and types of its inputs.
 

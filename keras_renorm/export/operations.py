@@ -166,8 +166,8 @@ def has_loops(data: bytes) -> bool:
     return any(flatbuffer.operator_name(model, one) == "WHILE" for graph in model.subgraphs for one in graph.operators)
 
 
-def foreign_operations(data: bytes, layers: frozenset[str]) -> dict[str, str]:
-    """Operations of a file that are not TFLite's own but TensorFlow's ("Flex"), and the layer of each.
+def foreign_operations(data: bytes, layers: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Operations of a file that are not TFLite's own but TensorFlow's ("Flex"), and the layers that they are of.
 
     Args:
         data: the file.
@@ -181,7 +181,8 @@ def foreign_operations(data: bytes, layers: frozenset[str]) -> dict[str, str]:
             if code and code.startswith(b"Flex"):
                 places = [graph.tensors[index] for index in (*outputs_of(operator), *inputs_of(operator)) if index >= 0]
                 found.setdefault(code.decode(), layer_name(places, layers))
-    return found
+    known = set(found.values()) & layers
+    return list(found), sorted(known or set(found.values()))
 
 
 def _has_path(model: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_renorm.conversion import copy_layer, rebuild
+from keras_renorm.export.inputs import in_half
 from keras_renorm.export.narrowing import narrow_layers
 from keras_renorm.export.repair import repair_head
 from keras_renorm.graph import functional_of
@@ -26,7 +27,7 @@ def prepare(
         sparse: whether tensors are stored without their zeros.
     """
     notes = []
-    if any(layer.compute_dtype != "float32" for layer in model._flatten_layers()):
+    if any(map(in_half, model._flatten_layers())):
         model, _ = rebuild(model, _in_float32)
         notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
     if functional_of(model) is None:
@@ -61,7 +62,7 @@ def _paths(structure: Any) -> list[str]:
 
 def _in_float32(layer: keras.Layer) -> keras.Layer | None:
     """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
-    if all(part.compute_dtype == "float32" for part in layer._flatten_layers()):
+    if not any(map(in_half, layer._flatten_layers())):
         return None
     return _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value)
 

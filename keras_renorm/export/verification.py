@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_renorm.export import failures
-from keras_renorm.export.inputs import answer, input_names
+from keras_renorm.export.inputs import answer, in_half, input_names
 
 # How far outputs may be off, as a share of the largest, before something must be wrong. Integers are only reported.
 _TOLERANCE = {None: 1e-2, "float16": 5e-2, "int8": np.inf}
@@ -35,7 +35,7 @@ class Reference:
 
     def __init__(self, model: keras.Model, inputs: list[np.ndarray]):
         try:
-            with _states_kept(model):
+            with _states_kept(model), failures.whole_tracebacks():
                 expected = answer(model, inputs)
         except Exception as error:
             raise RuntimeError(f"Model '{model.name}' does not answer on the samples: {failures.reason(error)}") from error
@@ -43,7 +43,7 @@ class Reference:
         # Outputs that are nested are written in a list.
         self._keys = isinstance(expected, dict) and not any(map(keras.tree.is_nested, expected.values()))
         self._expected = [np.asarray(value) for value in keras.tree.flatten(expected)]
-        self._in_half = any(layer.compute_dtype != "float32" for layer in model._flatten_layers())
+        self._in_half = any(map(in_half, model._flatten_layers()))
         numbers = [value for value in self._expected if value.dtype.kind not in "SUO"]
         self.range = max((float(np.max(np.abs(value.astype(float)), initial=0)) for value in numbers), default=0.0)
         if not np.isfinite(self.range):
@@ -90,7 +90,7 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
 def _states_kept(model: keras.Model) -> Iterator[None]:
     """Let stateful layers of a model remember afterwards what they remembered before."""
     layers = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
-    variables = [variable for layer in layers for variable in layer.non_trainable_variables]
+    variables = keras.tree.flatten([getattr(layer, "states", None) or [] for layer in layers])
     values = [np.array(variable) for variable in variables]
     try:
         yield
