@@ -29,6 +29,7 @@ FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 GROUPS = ("layer", "unit")
 TARGETS = ("litert", "litert-int8")
 QUANTIZE = ("float16", "int8")
+STORAGE = ("auto", "full", "sparse")
 ALLOCATIONS = ("balanced", "erk", "global", "lamp", "uniform")
 PATTERNS = ("block", "n_of_m", "unit", "unstructured")
 CRITERIA = ("activation", "activity", "admm", "auto", "magnitude", "obs", "random")
@@ -86,6 +87,8 @@ examples:
   keras-renorm export pruned.keras --quantize float16 -o half.tflite
   keras-renorm export pruned.keras --quantize int8 -o weights_only.tflite
   keras-renorm export pruned.keras --quantize int8 --representative-data samples.npz -o integers.tflite
+  keras-renorm export pruned.keras --quantize int8 --representative-data samples.npz --storage full --integer-io -o board.tflite
+      for TensorFlow Lite for Microcontrollers
 
 The file is loaded again and compared with the Keras model before it takes its
 name.
@@ -224,6 +227,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--smallest", action="store_true", help="store integers sparse also where the runtime is slower with them"
+    )
+    export.add_argument(
+        "--storage",
+        choices=STORAGE,
+        default="auto",
+        help="sparse: for LiteRT; full: for TensorFlow Lite for Microcontrollers, too (default: full up to 256 kB of weights)",
+    )
+    export.add_argument(
+        "--integer-io", action="store_true", help="integer inputs and outputs, as boards want them; with --representative-data"
     )
 
     compare = _command(commands, "compare", "two files side by side: accuracy or outputs, bytes, latency", COMPARE)
@@ -364,6 +376,8 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
     """What is wrong with arguments that are right one by one."""
     if arguments.command == "export" and arguments.representative_data and arguments.quantize != "int8":
         return "--representative-data goes with --quantize int8"
+    if arguments.command == "export" and arguments.integer_io and not arguments.representative_data:
+        return "--integer-io goes with --quantize int8 and --representative-data"
     if arguments.command != "prune":
         return None
     if arguments.layer and isinstance(arguments.sparsity, dict):

@@ -17,7 +17,7 @@ import keras_renorm as kr
 import keras_renorm_cli as cli
 from keras_renorm import allocation, criteria, masks, patterns, renorm, targets
 from keras_renorm.cli import report
-from keras_renorm.export import storage, tflite
+from keras_renorm.export import storage, tflite, verification
 
 L = keras.layers
 on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="export needs TensorFlow")
@@ -111,9 +111,10 @@ def test_report_of_a_keras_file(run):
 
 @on_tensorflow
 def test_export_and_report_of_the_file(run, tmp_path):
-    status, out, err = run("export pruned.keras -o @p.tflite --samples x.npz")
+    status, out, err = run("export pruned.keras -o @p.tflite --samples x.npz --storage sparse")
     assert (status, err) == (0, "")
     assert "sparse storage" in out
+    assert "Microcontrollers refuses the file" in out
     status, out, _ = run("report @p.tflite --json")
     told = json.loads(out)
     assert status == 0
@@ -130,10 +131,16 @@ def test_export_and_report_of_the_file(run, tmp_path):
 
 @on_tensorflow
 def test_export_of_integers(run, tmp_path):
-    options = "--quantize int8 --representative-data x.npz --smallest --json"
+    options = "--quantize int8 --representative-data x.npz --smallest --storage full --integer-io --json"
     status, out, _ = run(f"export pruned.keras -o @i.tflite {options}")
     told = json.loads(out)
     assert (status, told["quantize"], told["path"]) == (0, "int8", str(tmp_path / "i.tflite"))
+    assert not told["stored_sparse"]
+    details = verification.load(tmp_path / "i.tflite").get_signature_runner().get_input_details()
+    assert [one["dtype"] for one in details.values()] == [np.int8]
+    # `compare` gives and reads floats all the same.
+    told = json.loads(run("compare pruned.keras @i.tflite --data xy.npz --runs 2 --json")[1])
+    assert told["difference"] < 0.1 * told["output_range"]
 
 
 @on_tensorflow
@@ -437,6 +444,8 @@ def test_warnings_take_one_line(run, tmp_path):
         ("prune model.keras --sparsity 0.9 --batch-size 0 -o out.keras", "must be an integer of at least 1"),
         ("export model.keras -o out.tflite --quantize int4", "invalid choice: 'int4'"),
         ("export model.keras -o out.tflite --representative-data x.npz", "goes with --quantize int8"),
+        ("export model.keras -o out.tflite --quantize int8 --integer-io", "--integer-io goes with"),
+        ("export model.keras -o out.tflite --storage dense", "invalid choice: 'dense'"),
         ("compare model.keras", "required: B"),
         ("compare a.keras b.keras --runs many", "must be an integer of at least 1"),
         ("report model.txt", "must end in .keras or .tflite"),
@@ -459,6 +468,7 @@ def test_names_are_those_of_the_library():
     assert set(cli.NEED_SAMPLES) == samples
     assert set(report._OPTIONS) == {*(f"Block(({block}, 1))" for block in storage.BLOCKS.values()), "pattern='unit'"}
     assert (cli.GROUPS, cli.TARGETS, (None, *cli.QUANTIZE)) == (masks.GROUPS, targets.TARGETS, tflite.QUANTIZE)
+    assert set(cli.STORAGE) == set(tflite.STORAGE)
 
 
 def test_json_knows_no_infinity(tmp_path):

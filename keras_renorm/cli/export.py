@@ -20,5 +20,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
         representative_data=files.inputs_from(arguments.representative_data, model),
         samples=files.inputs_from(arguments.samples, model),
         smallest=arguments.smallest,
+        storage=arguments.storage,
+        integer_io=arguments.integer_io,
     )
     return str(report), dataclasses.asdict(report) | {"ratio": report.ratio}

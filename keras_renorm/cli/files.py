@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import keras
 import numpy as np
+
+from keras_renorm.export.beside import folder_beside
 
 _KERAS_FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "ops", "regularizers")
 
@@ -160,11 +161,7 @@ def inputs_from(path: pathlib.Path | None, model: keras.Model) -> list[np.ndarra
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Another path to write to, which gets its name when all is done and is gone when something fails."""
-    try:
-        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(f"'{path}' cannot be written: {error.strerror}.") from error
-    with beside as folder:
-        partial = pathlib.Path(folder, path.name)
+    with folder_beside(path) as folder:
+        partial = folder / path.name
         yield partial
         os.replace(partial, path)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import pathlib
-import re
 import warnings
 from collections.abc import Iterator
 
 import keras
 import numpy as np
 
-from keras_renorm.export.inputs import input_names
+from keras_renorm.export import failures
+from keras_renorm.export.inputs import fixed_batch_of, input_names
 
 
 def convert(
@@ -20,7 +20,8 @@ def convert(
     path: pathlib.Path,
     quantize: str | None = None,
     representative: list[np.ndarray] | None = None,
-    one_sample: bool = False,
+    fixed_batch: bool = False,
+    integer_io: bool = False,
 ) -> None:
     """Write a model as a `.tflite` file, every tensor stored in full.
 
@@ -29,19 +30,30 @@ def convert(
         path: where to write.
         quantize: as in `keras_renorm.export_tflite`.
         representative: likewise, one array an input.
-        one_sample: whether the file takes one sample at a time, instead of a batch of any size.
+        fixed_batch: whether the file takes one sample at a time (or as many as the model's inputs say), instead of any number.
+        integer_io: as in `keras_renorm.export_tflite`.
 
     Raises:
         RuntimeError: if the model cannot be converted.
     """
     settings = _settings(model, quantize, representative)
-    if one_sample:
-        settings["input_signature"] = _batch_of_one(model)
+    if fixed_batch:
+        settings["input_signature"] = _with_batch(model)
+    if integer_io:
+        import tensorflow as tf
+
+        settings |= {"inference_input_type": tf.int8, "inference_output_type": tf.int8}
     try:
-        with _quiet():
+        with _quiet(), failures.whole_tracebacks():
             model.export(str(path), format="litert", verbose=False, **settings)
     except Exception as error:
-        raise RuntimeError(f"TensorFlow could not convert model '{model.name}': {_reason(error)}") from error
+        reason = failures.reason(error, layer_names(model))
+        raise RuntimeError(f"TensorFlow could not convert model '{model.name}': {reason}") from error
+
+
+def layer_names(model: keras.Model) -> frozenset[str]:
+    """Names of the layers in a model, those within others too."""
+    return frozenset(layer.name for layer in model._flatten_layers() if not isinstance(layer, keras.Model))
 
 
 @contextlib.contextmanager
@@ -58,18 +70,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _reason(error: Exception) -> str:
-    """Which operations the converter does not know, and where they are, if that is what an error is about."""
-    names = re.findall(r"^(?:Custom|Flex) ops: (.+)$", str(error), re.MULTILINE)
-    if not names:
-        return first_line(error)
-    places = dict.fromkeys(place for place in re.findall(r'"([^"@]+/[^"@]+)@', str(error)))
-    return (
-        f"TFLite has no operation {', '.join(names)} (in {', '.join(places) or 'the model'}). Write that layer with operations "
-        "that it has, or export the part of the model before it."
-    )
-
-
 def _settings(model: keras.Model, quantize: str | None, representative: list[np.ndarray] | None) -> dict:
     import tensorflow as tf
 
@@ -81,22 +81,19 @@ def _settings(model: keras.Model, quantize: str | None, representative: list[np.
     if representative is not None:
         names = input_names(model)
 
+        size = fixed_batch_of(model) or 1
+
         def batches():
-            for index in range(len(representative[0])):
-                yield {name: array[index : index + 1] for name, array in zip(names, representative)}
+            for start in range(0, len(representative[0]), size):
+                yield {name: array[start : start + size] for name, array in zip(names, representative)}
 
         settings["representative_dataset"] = batches
     return settings
 
 
-def _batch_of_one(model: keras.Model) -> list:
+def _with_batch(model: keras.Model) -> list:
     def fix(tensor):
-        return keras.layers.InputSpec(shape=(1, *tensor.shape[1:]), dtype=tensor.dtype, name=tensor.name)
+        return keras.layers.InputSpec(shape=(tensor.shape[0] or 1, *tensor.shape[1:]), dtype=tensor.dtype, name=tensor.name)
 
     structure = getattr(model, "_inputs_struct", None)
     return [keras.tree.map_structure(fix, model.inputs[0] if structure is None else structure)]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -139,7 +139,7 @@ def explain(model_or_path: keras.Model | str | os.PathLike) -> Explanation:
     """
     if isinstance(model_or_path, keras.Model):
         with tempfile.TemporaryDirectory() as folder:
-            path = export_tflite(model_or_path, pathlib.Path(folder, "model.tflite")).path
+            path = export_tflite(model_or_path, pathlib.Path(folder, "model.tflite"), storage="sparse").path
             return dataclasses.replace(explain(path), path=None)
     if not isinstance(model_or_path, (str, os.PathLike)):
         raise TypeError(
@@ -148,6 +148,16 @@ def explain(model_or_path: keras.Model | str | os.PathLike) -> Explanation:
         )
     path = pathlib.Path(model_or_path)
     data, model = flatbuffer.read(path, "model_or_path")
+    try:
+        explanation = _explanation(path, data, model)
+        # What cannot be shown is damaged, too.
+        str(explanation)
+    except Exception as error:
+        raise flatbuffer.damaged(path, "model_or_path", error) from error
+    return explanation
+
+
+def _explanation(path: pathlib.Path, data: bytes, model: Any) -> Explanation:
     metadata = flatbuffer.read_metadata(data)
     layers = frozenset(layer["layer"] for layer in (metadata or {}).get("layers", ()))
     nodes = operations.nodes_of(model, layers)
@@ -189,7 +199,8 @@ def _uses(model: Any, layers: frozenset[str]):
                 ):
                     continue
                 seen.add(id(tensor))
-                layer = operations.layer_name([tensor, *(graph.tensors[output] for output in operator.outputs)], layers)
+                outputs = [graph.tensors[output] for output in operations.outputs_of(operator)]
+                layer = operations.layer_name([tensor, *outputs], layers)
                 yield _Use(tensor, layer, flatbuffer.operator_name(model, operator), not constants.is_unpacked(index))
 
 

@@ -34,7 +34,13 @@ def make(kind: str, **fields: Any) -> Any:
 
 def parse(data: bytes) -> Any:
     """A file's contents, in the classes that TensorFlow generates from the schema."""
-    return schema().ModelT.InitFromPackedBuf(data, 0)
+    model = schema().ModelT.InitFromPackedBuf(data, 0)
+    for graph in model.subgraphs:
+        for part in ("inputs", "outputs", "operators", "tensors"):
+            # What is empty may be left out of a file.
+            if getattr(graph, part) is None:
+                setattr(graph, part, [])
+    return model
 
 
 def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
@@ -57,10 +63,15 @@ def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but cannot be read ({error!r}). "
-            f"Received: {argument}={str(path)!r}."
-        ) from error
+        raise damaged(path, argument, error) from error
+
+
+def damaged(path: pathlib.Path, argument: str, error: Exception) -> ValueError:
+    """The error of a file that begins like a `.tflite` model and is none, found in whatever part was read."""
+    return ValueError(
+        f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but is damaged ({error!r}): copy or "
+        f"export it again. Received: {argument}={str(path)!r}."
+    )
 
 
 def pack(model: Any) -> bytes:
@@ -180,13 +191,16 @@ def describe(model: Any, tensor: Any) -> TensorReport:
     """How a constant tensor is stored."""
     values = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
     shape = tuple(int(side) for side in tensor.shape)
+    size = int(np.prod(shape))
+    if tensor.sparsity is None and len(values) != size * np.dtype(dtype_of(tensor)).itemsize:
+        raise ValueError(f"tensor '{first_name(tensor)}' of shape {shape} has {len(values)} bytes")
     # Weights are quantized symmetrically: zero stays zero.
     kept = np.count_nonzero(np.frombuffer(values.tobytes(), dtype_of(tensor)))
     return TensorReport(
         name=tensor.name.decode(),
         shape=shape,
         dtype=np.dtype(dtype_of(tensor)).name,
-        sparsity=1 - int(kept) / int(np.prod(shape)),
+        sparsity=1 - int(kept) / size,
         bytes=len(values) + _index_bytes(tensor.sparsity),
         stored_sparse=tensor.sparsity is not None,
     )

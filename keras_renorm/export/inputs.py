@@ -8,7 +8,8 @@ import keras
 import numpy as np
 
 SAMPLES = 8
-_FREE_SIDE = 32
+# How long sides of any length are tried to be: "valid" convolutions need more than a few, position embeddings have an end.
+FREE_SIDES = (32, 8, 64, 128, 256, 512)
 
 
 def input_names(model: keras.Model) -> list[str]:
@@ -27,9 +28,14 @@ def _specs(model: keras.Model) -> list:
 
 
 def as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]:
-    """Arrays in the order of the model's inputs, checked against their shapes."""
+    """Arrays in the order of the model's inputs, checked against their shapes.
+
+    `data` is an array, a list of them, a dict by the names of the inputs, or the structure that the model takes.
+    """
     specs = _specs(model)
-    if isinstance(data, dict):
+    if _is_structured(model, data):
+        arrays = [np.asarray(array) for array in keras.tree.flatten(data)]
+    elif isinstance(data, dict):
         missing = [spec.name for spec in specs if spec.name not in data]
         if missing:
             raise ValueError(
@@ -55,16 +61,53 @@ def as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]:
             f"Argument `{argument}` must hold arrays of shapes {wanted} (the first axis is the batch), one for each input of "
             f"model '{model.name}'. Received: shapes {received}."
         )
+    if batch := fixed_batch_of(model):
+        if received[0][0] < batch:
+            raise ValueError(
+                f"Argument `{argument}` must hold at least {batch} samples, for model '{model.name}' takes so many at once. "
+                f"Received: {received[0][0]}."
+            )
+        arrays = [array[: len(array) // batch * batch] for array in arrays]
     for array, spec in zip(arrays, specs):
         if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
             raise ValueError(f"Argument `{argument}` holds NaN or infinity for input '{spec.name}' of model '{model.name}'.")
-    return [array.astype(spec.dtype) for array, spec in zip(arrays, specs)]
+        if spec.dtype != "string" and array.dtype.kind in "SUO":
+            raise ValueError(
+                f"Argument `{argument}` must hold numbers for input '{spec.name}' of model '{model.name}', whose dtype is "
+                f"{spec.dtype}. Received: dtype={array.dtype}."
+            )
+    return [_as_strings(array) if spec.dtype == "string" else array.astype(spec.dtype) for array, spec in zip(arrays, specs)]
+
+
+def _is_structured(model: keras.Model, data: Any) -> bool:
+    """Whether samples are nested as the inputs of a model are."""
+    structure = getattr(model, "_inputs_struct", None)
+    if not keras.tree.is_nested(structure):
+        return False
+    try:
+        keras.tree.assert_same_structure(structure, data)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _as_strings(array: np.ndarray) -> np.ndarray:
+    """Strings as the bytes that TensorFlow and the runtime take."""
+    encoded = [one if isinstance(one, bytes) else str(one).encode() for one in array.ravel().tolist()]
+    return np.array(encoded, object).reshape(array.shape)
+
+
+def fixed_batch_of(model: keras.Model) -> int | None:
+    """How many samples a model takes at once; `None` if any number."""
+    return next((spec.shape[0] for spec in _specs(model) if spec.shape[0]), None)
 
 
 def range_notes(model: keras.Model, representative: list[np.ndarray], inputs: list[np.ndarray]) -> list[str]:
     """What to tell of inputs that integers cannot stand for."""
     notes = []
     for spec, seen, given in zip(_specs(model), representative, inputs):
+        if spec.dtype == "string":
+            continue
         low, high = float(seen.min()), float(seen.max())
         margin = 0.1 * (high - low)
         if float(given.min()) < low - margin or float(given.max()) > high + margin:
@@ -75,18 +118,40 @@ def range_notes(model: keras.Model, representative: list[np.ndarray], inputs: li
     return notes
 
 
-def random_inputs(model: keras.Model) -> list[np.ndarray]:
-    """A few samples for a model that nothing is known of but the shapes and types of its inputs."""
+def has_free_sides(model: keras.Model) -> bool:
+    """Whether inputs have sides of any length, beside the batch."""
+    return any(side is None for spec in _specs(model) for side in spec.shape[1:])
+
+
+def in_half(layer: keras.Layer) -> bool:
+    """Whether a layer computes with floats of another width than 32 bits."""
+    return keras.backend.is_float_dtype(layer.compute_dtype) and layer.compute_dtype != "float32"
+
+
+def random_inputs(model: keras.Model, side: int = FREE_SIDES[0]) -> list[np.ndarray]:
+    """A few samples for a model that nothing is known of but the shapes and types of its inputs.
+
+    Args:
+        model: the model.
+        side: how long sides of any length are.
+    """
     generator = np.random.default_rng(0)
     inputs = []
     for spec in _specs(model):
-        shape = [spec.shape[0] or SAMPLES] + [side or _FREE_SIDE for side in spec.shape[1:]]
+        shape = [spec.shape[0] or SAMPLES] + [one or side for one in spec.shape[1:]]
         if keras.backend.is_float_dtype(spec.dtype):
             inputs.append(generator.standard_normal(shape).astype(spec.dtype))
-        else:
-            # Indices that every vocabulary has.
-            inputs.append(generator.integers(0, 2, shape).astype(spec.dtype))
+            continue
+        # Indices that every vocabulary has.
+        numbers = generator.integers(0, 2, shape)
+        inputs.append(_as_strings(numbers) if spec.dtype == "string" else numbers.astype(spec.dtype))
     return inputs
+
+
+def answer(model: keras.Model, inputs: list[np.ndarray]) -> Any:
+    """What a model answers for one batch, given as flat inputs."""
+    fed = [keras.ops.convert_to_tensor(array, "string") if array.dtype == object else array for array in inputs]
+    return model.predict_on_batch(structured(model, fed))
 
 
 def structured(model: keras.Model, inputs: list[np.ndarray]) -> Any:

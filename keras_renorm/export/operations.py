@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_renorm import xnnpack
 from keras_renorm.export import flatbuffer
+from keras_renorm.export.failures import layer_of
 
 _UNARY = frozenset(
     """
@@ -47,6 +48,11 @@ def inputs_of(operator: Any) -> list[int]:
     return [int(index) for index in (operator.inputs if operator.inputs is not None else ())]
 
 
+def outputs_of(operator: Any) -> list[int]:
+    """The tensors that an operation makes; none where it only assigns a state."""
+    return [int(index) for index in (operator.outputs if operator.outputs is not None else ())]
+
+
 def shape_of(tensor: Any) -> tuple[int, ...]:
     """A tensor's shape; empty if it has none."""
     return tuple(int(side) for side in (tensor.shape if tensor.shape is not None else ()))
@@ -60,15 +66,12 @@ def layer_name(tensors: list, layers: frozenset[str]) -> str:
         layers: names of layers of the Keras model, if they are known.
     """
     names = [name for tensor in tensors for name in (tensor.name or b"").decode().split(";")]
-    for name in names:
-        for scope in reversed(name.split("/")):
-            # Keras counts how often it has traced a layer.
-            for layer in (scope.rpartition("_")[0], scope):
-                if layer in layers:
-                    return layer
+    if known := next(filter(None, (layer_of(name, layers) for name in names)), None):
+        return known
     scopes = [name.split("/") for name in names]
     kinds = ("convolution", "depthwise", "MatMul")
-    return next((scope[-2] for scope in scopes if len(scope) > 1 and scope[-1].rstrip("0123456789") in kinds), names[0])
+    named = (scope[-2] for scope in scopes if len(scope) > 1 and scope[-1].rstrip("0123456789") in kinds)
+    return next(named, names[0] if names else "?")
 
 
 def nodes_of(model: Any, layers: frozenset[str]) -> list[xnnpack.Node]:
@@ -82,10 +85,10 @@ def nodes_of(model: Any, layers: frozenset[str]) -> list[xnnpack.Node]:
     for operator in graph.operators:
         if operator in constants.unpacking:
             continue
-        name, inputs = flatbuffer.operator_name(model, operator), inputs_of(operator)
-        alone = readers[int(operator.outputs[0])] == 1
+        name, inputs, outputs = flatbuffer.operator_name(model, operator), inputs_of(operator), outputs_of(operator)
+        alone = len(outputs) == 1 and readers[outputs[0]] == 1
         if name == "PAD" and alone and constants.source(inputs[1]) is not None:
-            padded[int(operator.outputs[0])] = operator
+            padded[outputs[0]] = operator
         else:
             nodes.append(_node(model, graph, operator, constants, padded, layers))
     return nodes
@@ -98,24 +101,27 @@ def _node(model: Any, graph: Any, operator: Any, constants: Constants, padded: d
     values = [index for index in inputs if index >= 0 and constants.source(index) is None]
     weights = constants.source(inputs[1]) if len(inputs) > 1 else None
     is_conv = kind in ("CONV_2D", "DEPTHWISE_CONV_2D") and weights is not None
-    named = [*([weights] if is_conv else []), graph.tensors[operator.outputs[0]]]
+    # An operation that assigns a state has no outputs.
+    ends_of = outputs_of(operator) or [index for index in inputs if index >= 0]
+    named = [*([weights] if is_conv else []), *(graph.tensors[index] for index in ends_of[:1])]
     ends = dict(
         name=layer_name(named, layers),
         inputs=tuple(inputs_of(padding)[:1] if padding is not None else values),
-        outputs=tuple(int(index) for index in operator.outputs),
+        outputs=tuple(outputs_of(operator)),
     )
     source = graph.tensors[inputs[0]] if inputs else None
+    of_integers = source is not None and flatbuffer.dtype_of(source) is np.int8
     if padding is not None and not (is_conv and options.padding == flatbuffer.schema().Padding.VALID):
         return xnnpack.Node(kind="padding without a convolution that takes it in", **ends)
-    if is_conv and flatbuffer.dtype_of(source) is not np.int8:
+    if is_conv and not of_integers:
         margins = None if padding is None else flatbuffer.numbers(model, constants.source(inputs_of(padding)[1]))
         return _convolution(model, kind, options, weights, margins, shape_of(source)[-1], ends)
-    if kind == "MEAN" and set(flatbuffer.numbers(model, weights)) == {1, 2}:
+    if kind == "MEAN" and weights is not None and set(flatbuffer.numbers(model, weights)) == {1, 2}:
         return xnnpack.Node(kind="mean", **ends)
     ranks = {len(shape_of(graph.tensors[index])) for index in inputs if index >= 0}
-    if kind in (*_UNARY, "ADD", "MUL") and ranks == {4} and flatbuffer.dtype_of(source) is not np.int8:
+    if kind in (*_UNARY, "ADD", "MUL") and ranks == {4} and not of_integers:
         return xnnpack.Node(kind="elementwise", **ends)
-    return xnnpack.Node(kind=kind if flatbuffer.dtype_of(source) is not np.int8 else f"{kind} of integers", **ends)
+    return xnnpack.Node(kind=f"{kind} of integers" if of_integers else kind, **ends)
 
 
 def _convolution(model, kind, options, weights, padding, channels, ends) -> xnnpack.Node:
@@ -158,6 +164,25 @@ def has_loops(data: bytes) -> bool:
     """Whether a file repeats a part of its graph until a condition holds."""
     model = flatbuffer.parse(data)
     return any(flatbuffer.operator_name(model, one) == "WHILE" for graph in model.subgraphs for one in graph.operators)
+
+
+def foreign_operations(data: bytes, layers: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Operations of a file that are not TFLite's own but TensorFlow's ("Flex"), and the layers that they are of.
+
+    Args:
+        data: the file.
+        layers: names of layers of the Keras model.
+    """
+    model = flatbuffer.parse(data)
+    found: dict[str, str] = {}
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex].customCode
+            if code and code.startswith(b"Flex"):
+                places = [graph.tensors[index] for index in (*outputs_of(operator), *inputs_of(operator)) if index >= 0]
+                found.setdefault(code.decode(), layer_name(places, layers))
+    known = set(found.values()) & layers
+    return list(found), sorted(known or set(found.values()))
 
 
 def _has_path(model: Any) -> bool:

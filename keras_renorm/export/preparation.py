@@ -9,12 +9,15 @@ import keras
 
 from keras_renorm.conversion import copy_layer, copy_model, remade
 from keras_renorm.copying import Copier
+from keras_renorm.export.inputs import in_half
 from keras_renorm.export.narrowing import narrow_layers
 from keras_renorm.export.repair import repair_head
 from keras_renorm.graph import functional_of
 
 
-def prepare(model: keras.Model, quantize: str | None, unroll: bool, smallest: bool) -> tuple[keras.Model, list[str]]:
+def prepare(
+    model: keras.Model, quantize: str | None, unroll: bool, smallest: bool, sparse: bool = True
+) -> tuple[keras.Model, list[str]]:
     """The model, changed where TFLite could not take it or would store it with more bytes, and notes on what was changed.
 
     Args:
@@ -22,9 +25,10 @@ def prepare(model: keras.Model, quantize: str | None, unroll: bool, smallest: bo
         quantize: as in `keras_renorm.export_tflite`.
         unroll: whether recurrent layers over a fixed number of steps are written without a loop.
         smallest: as in `keras_renorm.export_tflite`.
+        sparse: whether tensors are stored without their zeros.
     """
     notes = []
-    if any(layer.compute_dtype != "float32" for layer in model._flatten_layers()):
+    if any(map(in_half, model._flatten_layers())):
         model, _ = copy_model(model, _in_float32)
         notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
     if functional_of(model) is None:
@@ -33,13 +37,33 @@ def prepare(model: keras.Model, quantize: str | None, unroll: bool, smallest: bo
         model, _ = copy_model(model, _unrolled)
         notes.append("Recurrent layers are unrolled: TensorFlow's converter crashes where it calibrates a loop.")
     model, of_head = repair_head(model)
-    model, of_width = narrow_layers(model, quantize, smallest)
+    model, of_width = narrow_layers(model, quantize, smallest) if sparse else (model, [])
     return model, notes + of_head + of_width
+
+
+def flattened(model: keras.Model) -> tuple[keras.Model, list[str]]:
+    """The model with its outputs in a list where they are nested, which a `.tflite` file cannot hold, and notes.
+
+    It shares its layers with the model that is passed in.
+    """
+    outputs = getattr(model, "_outputs_struct", None)
+    parts = list(outputs.values()) if isinstance(outputs, dict) else outputs if isinstance(outputs, (list, tuple)) else []
+    if not any(map(keras.tree.is_nested, parts)):
+        return model, []
+    names = ", ".join(f"`output_{index}` is {path}" for index, path in enumerate(_paths(outputs)))
+    flat = keras.Model(model.inputs, keras.tree.flatten(model(model._inputs_struct)), name=model.name)
+    return flat, [f"Nested outputs are written in a list, for a `.tflite` file holds no other: {names}."]
+
+
+def _paths(structure: Any) -> list[str]:
+    """Where each of the outputs is in a structure, such as `['y'][0]`."""
+    paths = keras.tree.flatten_with_path(structure)
+    return ["".join(f"[{key!r}]" for key in path) for path, _ in paths]
 
 
 def _in_float32(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
     """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
-    if isinstance(layer, keras.Model) or all(part.compute_dtype == "float32" for part in layer._flatten_layers()):
+    if isinstance(layer, keras.Model) or not any(map(in_half, layer._flatten_layers())):
         return None
     return remade(copier, layer, _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value))
 

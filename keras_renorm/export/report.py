@@ -34,6 +34,7 @@ class ExportReport:
         difference: largest absolute difference between the outputs of the file and of the Keras model.
         output_range: largest absolute output of the Keras model on the same samples.
         notes: what a user should know: fallbacks, and why.
+        estimated_bytes: about how many bytes the file takes as `"float32"`, `"float16"` and `"int8"`; exact for its own type.
     """
 
     path: pathlib.Path
@@ -47,6 +48,7 @@ class ExportReport:
     difference: float
     output_range: float
     notes: tuple[str, ...]
+    estimated_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -61,6 +63,7 @@ class ExportReport:
             f"{self.path} ({self.quantize or 'float32'}, {'sparse' if self.stored_sparse else 'dense'} storage)",
             f"  bytes       {self.bytes:>12,}   dense export {self.dense_bytes:>12,}   {self.ratio:.2f} of it",
             f"  gzipped     {self.gzip_bytes:>12,}   dense export {self.dense_gzip_bytes:>12,}",
+            *self._formats(),
             f"  difference from Keras: {self.difference:.2g} (outputs reach {self.output_range:.2g})",
         ]
         for name, tensor in zip(names, self.tensors):
@@ -71,3 +74,13 @@ class ExportReport:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
     __repr__ = __str__
+
+    def _formats(self) -> list[str]:
+        if not self.estimated_bytes:
+            return []
+        own, least = self.quantize or "float32", min(self.estimated_bytes.values())
+        sizes = (
+            f"{'' if name == own else 'about '}{size:,} as {name}{' (the smallest)' if size == least else ''}"
+            for name, size in self.estimated_bytes.items()
+        )
+        return [f"  bytes by type: {', '.join(sizes)}"]

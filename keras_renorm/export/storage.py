@@ -2,6 +2,8 @@
 
 TFLite reads a tensor that is stored sparse in two ways: its fully connected kernels read a few block formats themselves and
 skip the zeros, and for everything else an operation DENSIFY in front unpacks the tensor once, when the model is loaded.
+TensorFlow Lite for Microcontrollers reads none, and takes what is stored for the values of the whole tensor: it has no DENSIFY,
+so a file with that operation in it is refused there instead of computing nonsense.
 """
 
 from __future__ import annotations
@@ -128,17 +130,11 @@ class Storage:
     """
 
     def __init__(self, data: bytes, smallest: bool = False):
-        self._data = data
+        self._data, self._smallest = data, smallest
         self._layouts: dict[tuple[int, int], Layout] = {}
-        model = flatbuffer.parse(data)
-        uses = collections.Counter(tensor.buffer for graph in model.subgraphs for tensor in graph.tensors)
         slower, fails = [], []
-        for place, tensor, consumers in _weights(model):
-            values = flatbuffer.tensor_values(model, tensor)
-            if values is None or uses[tensor.buffer] > 1:
-                continue
-            fully_connected = consumers == {"FULLY_CONNECTED"}
-            layout = choose_layout(values, BLOCKS.get(values.dtype.name) if fully_connected else None)
+        for place, values, fully_connected in _weights_alone(flatbuffer.parse(data)):
+            layout = _layout_for(values, fully_connected)
             if layout is None:
                 continue
             if values.dtype == np.int8 and not fully_connected:
@@ -152,10 +148,24 @@ class Storage:
     def write(self, sparse: Iterable[tuple[int, int]], metadata: dict) -> bytes:
         """The file with these candidates stored sparse, and with metadata as JSON."""
         model = flatbuffer.parse(self._data)
-        for place in sparse:
-            _store(model, place, self._layouts[place])
+        layouts = {place: self._layouts[place] for place in sparse}
+        for place, layout in layouts.items():
+            _store(model, place, layout)
+        if layouts and all(layout.direct for layout in layouts.values()):
+            _guard(model)
         flatbuffer.add_metadata(model, metadata)
         return flatbuffer.pack(model)
+
+    def estimated_bytes(self, dtype: str, sparse: bool) -> int:
+        """About how many bytes the file takes with weights of another type, such as `"float16"`, sparse or in full."""
+        total = len(self._data)
+        for _, values, fully_connected in _weights_alone(flatbuffer.parse(self._data)):
+            mask = (values != 0).astype(dtype)
+            layout = _layout_for(mask, fully_connected) if sparse else None
+            if layout and dtype == "int8" and not (fully_connected and (layout.direct or self._smallest)):
+                layout = None
+            total += (encoded_bytes(mask, layout) if layout else mask.nbytes) - values.nbytes
+        return total
 
     def name(self, place: tuple[int, int]) -> str:
         return flatbuffer.first_name(flatbuffer.parse(self._data).subgraphs[place[0]].tensors[place[1]])
@@ -183,6 +193,19 @@ def largest_working(items: Iterable, works: Callable[[list], bool]) -> list:
     return kept
 
 
+def _layout_for(values: np.ndarray, fully_connected: bool) -> Layout | None:
+    return choose_layout(values, BLOCKS.get(values.dtype.name) if fully_connected else None)
+
+
+def _weights_alone(model: Any):
+    """The weights that can be stored otherwise: their place, values, and whether fully connected layers alone read them."""
+    uses = collections.Counter(tensor.buffer for graph in model.subgraphs for tensor in graph.tensors)
+    for place, tensor, consumers in _weights(model):
+        values = flatbuffer.tensor_values(model, tensor)
+        if values is not None and uses[tensor.buffer] == 1:
+            yield place, values, consumers == {"FULLY_CONNECTED"}
+
+
 def _weights(model: Any):
     """Constant tensors of rank two or more: their place, themselves, and the names of the operations that take them as
     weights; other inputs count as an operation of their own."""
@@ -207,6 +230,23 @@ def _store(model: Any, place: tuple[int, int], layout: Layout) -> None:
     if not layout.direct:
         _unpack_before_use(model, graph, place[1])
     tensor.sparsity = _sparsity(tensor, layout, encoded)
+
+
+def _guard(model: Any) -> None:
+    """Unpack a tensor that nothing reads, so that a runtime without sparse tensors refuses the file."""
+    graph, values, layout = model.subgraphs[0], np.ones(1, np.float32), Layout((0,))
+    encoded = encode(values, layout)
+    model.buffers.append(flatbuffer.make("Buffer", data=np.frombuffer(encoded.values.tobytes(), np.uint8)))
+    tensor = flatbuffer.make(
+        "Tensor",
+        name=b"needs_sparse_tensors",
+        shape=np.array(values.shape, np.int32),
+        type=flatbuffer.schema().TensorType.FLOAT32,
+        buffer=len(model.buffers) - 1,
+    )
+    tensor.sparsity = _sparsity(tensor, layout, encoded)
+    graph.tensors.append(tensor)
+    _unpack_before_use(model, graph, len(graph.tensors) - 1)
 
 
 def _sparsity(tensor: Any, layout: Layout, encoded: Encoded) -> Any:

@@ -18,7 +18,7 @@ L = keras.layers
 
 
 def explained(model, tmp_path, **arguments):
-    return kr.export.explain(kr.export_tflite(model, tmp_path / "model.tflite", **arguments).path)
+    return kr.export.explain(kr.export_tflite(model, tmp_path / "model.tflite", storage="sparse", **arguments).path)
 
 
 def test_a_network_with_the_sparse_path(tmp_path):

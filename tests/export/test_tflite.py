@@ -230,7 +230,7 @@ def test_an_operation_that_tflite_does_not_have_is_named(tmp_path):
             return shape
 
     model = keras.Sequential([keras.Input((8,)), L.Dense(8), Unusual(name="unusual")])
-    with pytest.raises(RuntimeError, match=r"TFLite has no operation Igamma \(in .*unusual.*/Igamma\)"):
+    with pytest.raises(RuntimeError, match=r"TFLite has no operation Igamma \(in 'unusual'\)"):
         kr.export_tflite(model, tmp_path / "model.tflite")
     assert not list(tmp_path.iterdir())
 
