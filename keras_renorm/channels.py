@@ -141,11 +141,11 @@ class Elementwise(ChannelByChannel):
         if isinstance(self.layer, keras.Layer):
             return []
         arguments = self.call.node.arguments
-        return [_array(one) for one in (*arguments.args, *arguments.kwargs.values()) if self._is_wide(one)]
+        return [_numpy(one) for one in (*arguments.args, *arguments.kwargs.values()) if self._is_wide(one)]
 
     def _is_wide(self, argument):
         """A size of one is no value for each channel, also where there is one channel only."""
-        return not isinstance(argument, keras.KerasTensor) and _array(argument).shape[-1:] not in ((), (1,))
+        return not isinstance(argument, keras.KerasTensor) and _numpy(argument).shape[-1:] not in ((), (1,))
 
     def arguments(self, args, kwargs, outputs):
         if not self.arrays:
@@ -667,9 +667,9 @@ def _can_be_cut(argument: Any, size: int) -> bool:
 
     A variable of several numbers may be trained, and used elsewhere: it stays what it is.
     """
-    if isinstance(argument, str) or any(isinstance(one, keras.KerasTensor) for one in keras.tree.flatten(argument)):
+    if isinstance(argument, (str, list, tuple, dict)):
         return False
-    array = _array(argument)
+    array = _numpy(argument)
     if array.dtype.kind not in "biuf" or (isinstance(argument, keras.Variable) and array.size > 1):
         return False
     return array.shape[-1:] in ((), (1,), (size,))
@@ -849,16 +849,9 @@ def _bias(layer: keras.Layer, units: int) -> np.ndarray:
     return np.zeros(units) if layer.bias is None else _numpy(layer.bias).astype(np.float64)
 
 
-def _array(argument: Any) -> np.ndarray:
-    """An argument of an operation as an array; a nested list of tensors, too."""
-    return np.asarray(keras.tree.map_structure(_numpy, argument))
-
-
 def _cut(argument: Any, kept: Flags) -> Any:
-    """Some channels of an argument of an operation, as what it is: a tensor, an array or lists."""
-    some = _array(argument)[..., kept]
-    if isinstance(argument, (list, tuple)):
-        return some.tolist()
+    """Some channels of an argument of an operation, a tensor or an array."""
+    some = _numpy(argument)[..., kept]
     return ops.convert_to_tensor(some) if ops.is_tensor(argument) else some
 
 

@@ -143,6 +143,8 @@ def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarr
 
 def _rebuild(model, graph: Graph, rules: list[Rule], constants: dict, kept: dict) -> tuple[keras.Model, list[CompactedLayer]]:
     remade: dict[int, tuple[Any, list[np.ndarray] | None]] = {}
+    variables: dict[int, keras.Variable] = {}
+    owners = {id(variable): rule.layer for rule in rules for variable in getattr(rule.layer, "variables", ())}
     names: set[str] = set()
     waiting = iter(rules)
 
@@ -157,10 +159,26 @@ def _rebuild(model, graph: Graph, rules: list[Rule], constants: dict, kept: dict
         operation = remade[id(call.operation)][0]
 
         def call_anew(*args, **kwargs):
+            args, kwargs = keras.tree.map_structure(counterpart, (args, kwargs))
             args, kwargs = (args, kwargs) if whole else rule.arguments(args, kwargs, sides[1])
-            return operation(*args, **kwargs)
+            outputs = operation(*args, **kwargs)
+            # A variable that is used in several places belongs to layers that stay whole.
+            if whole and isinstance(operation, keras.Layer):
+                variables.update(zip(map(id, rule.layer.variables), operation.variables))
+            return outputs
 
         return call_anew
+
+    def counterpart(argument):
+        """For a variable of a layer that of the new layer."""
+        if not isinstance(argument, keras.Variable) or id(argument) not in owners:
+            return argument
+        if id(argument) not in variables:
+            raise ValueError(
+                f"Variable '{argument.path}' of layer '{owners[id(argument)].name}' is used before that layer is called, so "
+                f"model '{model.name}' cannot be made anew. Call the layer first."
+            )
+        return variables[id(argument)]
 
     smaller = remake(model, graph, operation_for)
     rows = []
@@ -180,10 +198,10 @@ def _fill(layer: keras.Layer, original: keras.Layer, weights: list[np.ndarray] |
     Args:
         layer: the layer, built.
         original: what it was made from.
-        weights: their values where they are fewer than the original's; `None` if nothing changed.
+        weights: their values where there are fewer than the original's; `None` if nothing changed.
     """
     if weights is None:
-        # The place for `copying`: a copy has its values by then, and this branch is no longer needed.
+        # The place for `copying`: a copy has its values by then, and these lines are no longer needed.
         for variable, value in zip(layer.variables, original.variables, strict=True):
             variable.assign(for_another(value))
         return

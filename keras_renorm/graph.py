@@ -32,7 +32,7 @@ class Call:
         outputs: the tensors that it makes.
         node: Keras' record of the call; its own tensors stand for `inputs` and `outputs`.
         times: how often the operation, a part of it or one of its variables is used in the whole graph.
-        training: what the call, or that of the innermost model around it, says of `training`; `None` if it says nothing.
+        training: what the call, or that of the outermost model around it, says of `training`; `None` if it says nothing.
     """
 
     operation: Any
@@ -91,8 +91,8 @@ def graph_of(model: keras.Model) -> Graph:
         uses = collections.Counter(id(node.operation) for node in inner)
         for node in inner:
             inputs = [tensors[id(tensor)] for tensor in node.input_tensors]
-            own_training = node.arguments.kwargs.get("training")
-            here = training if own_training is None else own_training
+            # As in Keras, what a model is called with goes before what the calls in it say.
+            here = node.arguments.kwargs.get("training") if training is None else training
             within = functional_of(node.operation) if uses[id(node.operation)] == 1 else None
             if within is not None and _takes_as_they_are(within, node):
                 made = enter(within, dict(zip(map(id, within.inputs), inputs)), here)
