@@ -250,7 +250,7 @@ class Kernel(Rule):
         return [np.where(constant, _apply(self.layer.activation, before), np.nan)]
 
     def reads(self, needed, constants):
-        return [self.connected[:, self.units_read(needed[0])].any(axis=1) & ~self.foldable(constants[0])]
+        return [(self.connected & self.units_read(needed[0])).any(axis=1) & ~self.foldable(constants[0])]
 
     def tie(self, inputs, outputs):
         return inputs, [self.units_read(outputs[0])]
@@ -630,20 +630,18 @@ def _names_channels(operation: Any) -> bool:
     """Whether something that is no weight may hold a value for each channel: a scale, the shape of noise, an initializer."""
     parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else (operation,)
     rules = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
-    holders = [*parts, *(value for part in parts for value in vars(part).values() if isinstance(value, rules))]
-    return any(
-        _is_sequence(value)
-        for holder in holders
-        for name, value in vars(holder).items()
-        if name not in _GEOMETRY and not name.startswith("_")
-    )
+    held = [item for part in parts for item in vars(part).items()]
+    held += [item for _, value in held if isinstance(value, rules) for item in vars(value).items()]
+    return any(_is_sequence(value) for name, value in held if not (name in _GEOMETRY or name.startswith("_")))
 
 
 def _is_sequence(value: Any) -> bool:
-    if isinstance(value, keras.Variable):
+    if isinstance(value, (list, tuple, dict, set)):
+        return True
+    # Whether something is a tensor takes long to say.
+    if value is None or isinstance(value, (bool, int, float, str, keras.Variable, keras.Layer)) or callable(value):
         return False
-    is_array = isinstance(value, np.ndarray) or ops.is_tensor(value)
-    return len(value.shape) > 0 if is_array else isinstance(value, (list, tuple, dict, set))
+    return (isinstance(value, np.ndarray) or ops.is_tensor(value)) and len(value.shape) > 0
 
 
 def _draws_in_every_call(call: Call) -> bool:
