@@ -9,8 +9,11 @@ import keras
 import numpy as np
 
 from keras_renorm import validation
+from keras_renorm.arrays import for_another
 from keras_renorm.channels import Rule, rule_of
+from keras_renorm.comparing import check_same
 from keras_renorm.conversion import compile_like, strip
+from keras_renorm.copying import Copier
 from keras_renorm.graph import Graph, check_graph, functional_of, graph_of, remake
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.tables import format_table
@@ -93,7 +96,8 @@ def compact(model: keras.Model) -> keras.Model:
     graph = graph_of(plain)
     rules = [rule_of(call) for call in graph.calls]
     constants, kept = _channels_to_keep(plain, graph, rules)
-    smaller, rows = _rebuild(plain, graph, rules, constants, kept)
+    smaller, rows, same = _rebuild(plain, graph, rules, constants, kept)
+    check_same(model, smaller, same if plain is model else {}, "The compacted copy")
     if model.compiled:
         compile_like(smaller, model)
     whole = [rule.layer.name for rule in rules if not rule.known]
@@ -139,30 +143,67 @@ def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarr
             return kept
 
 
-def _rebuild(model, graph: Graph, rules: list[Rule], constants: dict, kept: dict) -> tuple[keras.Model, list[CompactedLayer]]:
-    remade: dict[int, tuple[Any, list]] = {}
+def _rebuild(
+    model: keras.Model, graph: Graph, rules: list[Rule], constants: dict, kept: dict
+) -> tuple[keras.Model, list[CompactedLayer], dict[int, keras.Layer]]:
+    """The smaller model, what got smaller, and the layers that give the same as before, by the `id` of their originals."""
+    copier = Copier(model)
+    remade: dict[int, tuple[Any, list[np.ndarray] | None]] = {}
+    same: dict[int, keras.Layer] = {}
     names: set[str] = set()
     waiting = iter(rules)
 
     def operation_for(call):
         rule = next(waiting)
+        sides = [[kept[id(tensor)] for tensor in side] for side in (call.inputs, call.outputs)]
+        whole = all(flags.all() for side in sides for flags in side)
         if id(call.operation) not in remade:
-            flags = [[kept[id(tensor)] for tensor in side] for side in (call.inputs, call.outputs)]
-            remade[id(call.operation)] = rule.remake(*flags, [constants[id(tensor)] for tensor in call.inputs])
+            made = [constants[id(tensor)] for tensor in call.inputs]
+            remade[id(call.operation)] = (copier.copy(rule.layer), None) if whole else rule.remake(*sides, made)
             _give_a_name(remade[id(call.operation)][0], names)
-        return remade[id(call.operation)][0]
+        operation = remade[id(call.operation)][0]
+        if all(flags.all() for flags in sides[1]):
+            same[id(call.operation)] = operation
+
+        def call_anew(*args, **kwargs):
+            args, kwargs = keras.tree.map_structure(counterpart, (args, kwargs))
+            args, kwargs = (args, kwargs) if whole else rule.arguments(args, kwargs, sides[1])
+            return operation(*args, **kwargs)
+
+        return call_anew
+
+    def counterpart(argument):
+        # What is used in several places belongs to layers that stay whole.
+        return copier.copy(argument) if isinstance(argument, keras.Variable) else argument
 
     smaller = remake(model, graph, operation_for)
     rows = []
     for rule in rules:
-        layer, values = remade.pop(id(rule.layer), (None, None))
-        if layer is not None and isinstance(layer, keras.Layer):
-            for variable, value in zip(layer.variables, values, strict=True):
-                variable.assign(value)
+        layer, weights = remade.pop(id(rule.layer), (None, None))
+        if isinstance(layer, keras.Layer):
+            if weights is not None:
+                _fill(layer, rule.layer, weights)
             if layer.count_params() < rule.layer.count_params():
                 shapes = [tuple(one.variables[0].shape) for one in (rule.layer, layer)]
                 rows.append(CompactedLayer(layer.name, *shapes, rule.layer.count_params(), layer.count_params()))
-    return smaller, rows
+    return smaller, rows, same
+
+
+def _fill(layer: keras.Layer, original: keras.Layer, weights: list[np.ndarray]) -> None:
+    """Give a layer with fewer weights than its original their values, and what else the original holds."""
+    for variable, value in zip(layer.weights, weights, strict=True):
+        variable.assign(value)
+    for variable, value in zip(_states(layer), _states(original), strict=True):
+        variable.assign(for_another(value))
+    for part, before in zip(layer._flatten_layers(), original._flatten_layers(), strict=True):
+        if part.trainable != before.trainable:
+            part.trainable = before.trainable
+
+
+def _states(layer: keras.Layer) -> list[keras.Variable]:
+    """What a layer holds beside its weights, such as the state of a random number generator: no matter of channels."""
+    weights = {id(weight) for weight in layer.weights}
+    return [variable for variable in layer.variables if id(variable) not in weights]
 
 
 def _give_a_name(layer: Any, names: set[str]) -> None:

@@ -22,7 +22,6 @@ from keras_renorm.targets import choose_patterns
 
 _DROP_IN = {cls.plain_class: cls for cls in (PrunableDense, PrunableConv2D)}
 _REBUILT = (keras.Sequential, Functional)
-copy_layer = with_config
 
 
 def to_prunable(

@@ -17,7 +17,7 @@ import random
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -69,7 +69,7 @@ class Copier:
         self._calls: collections.deque = collections.deque()
         self._last: collections.deque = collections.deque()
         parts = model._flatten_layers() if isinstance(model, keras.Layer) else [model]
-        self._own = {id(part) for part in parts} | {id(v) for v in getattr(model, "variables", ())}
+        self._own = {id(part): part for part in (*parts, *getattr(model, "variables", ()))}
 
     def copy(self, value: Any) -> Any:
         """The copy of an object, with all that it holds.
@@ -199,13 +199,7 @@ class Copier:
         """Methods of classes of one's own that read parts of the model from where the class was written."""
         cls = type(value)
         if cls not in self._methods_of:
-            self._methods_of[cls] = {
-                name: function
-                for base in reversed(cls.__mro__)
-                if base.__module__.split(".")[0] not in {"keras", "builtins", *_FOREIGN}
-                for name, function in vars(base).items()
-                if isinstance(function, types.FunctionType) and name[:2] != "__" and self._captures(function)
-            }
+            self._methods_of[cls] = {name: one for name, one in _methods(cls).items() if self._captures(one)}
         return {
             name: types.MethodType(function, value) for name, function in self._methods_of[cls].items() if name not in state
         }
@@ -264,29 +258,7 @@ class Copier:
         return new
 
     def _captures(self, function: Any) -> bool:
-        """Whether a function reads something that belongs to the model."""
-        stack, seen = [function], set()
-        while stack:
-            value = stack.pop()
-            if id(value) in seen or isinstance(value, _NEVER_CHANGES):
-                continue
-            seen.add(id(value))
-            if id(value) in self._own or id(value) in self.copies:
-                return True
-            if isinstance(value, types.FunctionType):
-                if self._own_globals(value):
-                    return True
-                stack += [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-                stack += [value.__defaults__, value.__kwdefaults__, vars(value)]
-            elif isinstance(value, types.MethodType):
-                stack += [value.__self__, value.__func__]
-            elif isinstance(value, functools.partial):
-                stack += [value.func, value.args, value.keywords]
-            elif isinstance(value, (list, tuple, set)):
-                stack += list(value)
-            elif isinstance(value, dict):
-                stack += list(value.values())
-        return False
+        return any(True for _ in _read_by(function, self._own.keys() | self.copies.keys()))
 
     def _own_globals(self, function: types.FunctionType) -> list[str]:
         return [name for name in _names(function.__code__) if id(function.__globals__.get(name)) in self._own]
@@ -397,6 +369,55 @@ def _note_readers(node: Node) -> None:
             operation._outbound_nodes.append(node)
 
 
+def _methods(cls: type) -> dict[str, types.FunctionType]:
+    """The methods that a class has which is not Keras' own."""
+    return {
+        name: function
+        for base in reversed(cls.__mro__)
+        if base.__module__.split(".")[0] not in {"keras", "builtins", *_FOREIGN}
+        for name, function in vars(base).items()
+        if isinstance(function, types.FunctionType) and not name.startswith("__")
+    }
+
+
+def captured_by(operation: Any, parts: Mapping[int, Any]) -> list[Any]:
+    """What the functions of an operation read, and it does not hold: by a closure, a default, or a global name.
+
+    Args:
+        operation: a layer or an operation.
+        parts: layers and variables that may be read, by `id`.
+    """
+    held = [value for name, value in vars(operation).items() if name not in ("build", "quantize")]
+    functions = [value for value in held if isinstance(value, (types.FunctionType, types.MethodType, functools.partial))]
+    found = {key for function in (*functions, *_methods(type(operation)).values()) for key in _read_by(function, parts.keys())}
+    return [parts[key] for key in found - {id(operation)}]
+
+
+def _read_by(function: Any, parts: Collection[int]) -> Iterator[int]:
+    """Which of some objects, given by `id`, a function reads."""
+    stack, seen = [function], set()
+    while stack:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, _NEVER_CHANGES):
+            continue
+        seen.add(id(value))
+        if id(value) in parts:
+            yield id(value)
+        elif isinstance(value, types.FunctionType):
+            stack += [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+            stack += [value.__defaults__, value.__kwdefaults__, vars(value)]
+            known = (value.__globals__.get(name) for name in _names(value.__code__))
+            stack += [one for one in known if id(one) in parts]
+        elif isinstance(value, types.MethodType):
+            stack += [value.__self__, value.__func__]
+        elif isinstance(value, functools.partial):
+            stack += [value.func, value.args, value.keywords]
+        elif isinstance(value, (list, tuple, set)):
+            stack += list(value)
+        elif isinstance(value, dict):
+            stack += list(value.values())
+
+
 def _names(code: types.CodeType) -> Iterable[str]:
     """The names of globals and attributes in a function and in those within it."""
     yield from code.co_names
@@ -446,7 +467,7 @@ def _is_plain_object(value: Any) -> bool:
     )
 
 
-def _reaches(value: Any, own: set[int], depth: int = 3) -> Any:
+def _reaches(value: Any, own: Collection[int], depth: int = 3) -> Any:
     """A part of a model that an object holds, or `None`."""
     level, seen = [value], {id(value)}
     for _ in range(depth):

@@ -9,8 +9,8 @@ import numpy as np
 
 from keras_renorm import arrays
 from keras_renorm.arrays import as_array
+from keras_renorm.channels import walk_back
 from keras_renorm.events import in_float, new_scale
-from keras_renorm.graph import walk_back
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 from keras_renorm.validation import check_finite
 
@@ -38,12 +38,10 @@ def update_masks(
     def visit(layer, read):
         if id(layer) in sparsities:
             updates[id(layer)] = layer.compute_masks(sparsities[id(layer)], read, scores)
-            return updates[id(layer)][0][0]
-        if isinstance(layer, MaskedLayer):
-            return as_array(layer.masked_kernels[0].mask)
-        return None
+            masks[id(layer.masked_kernels[0].variable)] = updates[id(layer)][0][0]
 
-    walk_back(model, visit)
+    masks = _masks_of(model)
+    walk_back(model, visit, lambda variable: masks.get(id(variable), np.ones(variable.shape, bool)))
     layers = [layer for layer in masked_layers(model) if id(layer) in sparsities]
     for layer in layers:
         if id(layer) not in updates:
@@ -79,14 +77,19 @@ def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
 
 def remove_unread_units(model: keras.Model) -> None:
     """Remove all weights of units that nothing reads any more, from the outputs to the inputs."""
-    masks = {}
+    masks = _masks_of(model)
 
     def visit(layer, read):
-        if not isinstance(layer, MaskedLayer):
-            return None
-        (masked,) = layer.masked_kernels
-        masks[id(masked.variable)] = as_array(masked.mask) & read
-        return masks[id(masked.variable)]
+        if isinstance(layer, MaskedLayer):
+            (masked,) = layer.masked_kernels
+            units = [1 if axis in masked.input_axes else side for axis, side in enumerate(masked.variable.shape)]
+            masks[id(masked.variable)] = masks[id(masked.variable)] & read.reshape(units)
 
-    walk_back(model, visit)
+    walk_back(model, visit, lambda variable: masks.get(id(variable), np.ones(variable.shape, bool)))
     assign_masks(model, masks)
+
+
+def _masks_of(model: keras.Model) -> dict[int, np.ndarray]:
+    """The masks by the `id` of their kernels' variables. A weight that is zero and not masked may become another."""
+    kernels = [kernel for layer in masked_layers(model) for kernel in layer.masked_kernels]
+    return {id(kernel.variable): as_array(kernel.mask) for kernel in kernels}

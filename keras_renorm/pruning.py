@@ -15,12 +15,11 @@ from keras_renorm import criteria, masks, patterns, renorm, validation
 from keras_renorm.arrays import as_array, for_another, masked
 from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
 from keras_renorm.calibration import OutputError, Samples, warn_of_odd_samples
-from keras_renorm.channels import Ties, find_ties
+from keras_renorm.channels import Ties, find_ties, walk_back
 from keras_renorm.conversion import choose_layers, copy_model, kernels_by_layer, outermost_layers, strip
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
 from keras_renorm.events import in_float, new_scale, prune_kernel
-from keras_renorm.graph import walk_back
 from keras_renorm.layers.kernels import Kernel, find_kernels, name_within
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.moments import InputSizes
@@ -262,9 +261,8 @@ def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> l
 
     def prune_layer(layer, read=None):
         rows.extend(_prune_without_data(target, rule, read) for target in waiting.pop(id(layer), []))
-        return as_array(layer.kernel) != 0
 
-    walk_back(model, prune_layer)
+    walk_back(model, prune_layer, lambda variable: as_array(variable) != 0)
     rows.extend(_prune_without_data(target, rule) for left in waiting.values() for target in left)
     return rows
 

@@ -545,3 +545,159 @@ def test_random_residual_networks(seed):
     small = kr.compact(model)
     same_outputs(model, small)
     assert small.count_params() < model.count_params()
+
+
+# The law: the compacted model computes what the model computes, which stays as it is, and can be trained.
+
+VECTOR = np.linspace(-1, 1, 8).astype("float32")
+IMAGE = (6, 6, 2)
+
+
+def dense(between):
+    """Half of the units of "a" are dead on the way to "b"."""
+
+    def make():
+        inputs = keras.Input((5,))
+        x = between(L.Dense(8, name="a")(inputs))
+        return keras.Model(inputs, L.Dense(3, name="b")(x))
+
+    return make
+
+
+def conv(between):
+    def make():
+        inputs = keras.Input(IMAGE)
+        x = between(L.Conv2D(8, 3, name="a")(inputs))
+        return keras.Model(inputs, L.Conv2D(3, 1, name="b")(x))
+
+    return make
+
+
+def steps(between):
+    def make():
+        inputs = keras.Input((6, 4))
+        x = between(L.Dense(8, name="a")(inputs))
+        return keras.Model(inputs, L.Dense(3, name="b")(x))
+
+    return make
+
+
+def chain(*layers):
+    return lambda x: keras.Sequential(layers)(x)
+
+
+def nested_training(x):
+    block = keras.Sequential([keras.Input((8,)), L.BatchNormalization(), L.Dropout(0.5)])
+    return block(x, training=True)
+
+
+def called_twice(x):
+    block = keras.Sequential([keras.Input((8,)), L.Dense(8, "relu")])
+    return block(block(x))
+
+
+def on_its_own_inputs():
+    base = keras.Sequential([keras.Input((5,)), L.Dense(8, name="a"), L.Dense(4, name="c")])
+    (inputs,) = base.inputs
+    return keras.Model(inputs, [base.outputs[0], L.Dense(3, name="b")(base(inputs))])
+
+
+def captured():
+    inputs = keras.Input((5,))
+    layer = L.Dense(8, name="a")
+    x = L.Dense(8, name="c")(layer(inputs))
+    return keras.Model(inputs, L.Dense(3, name="b")(ops.einsum("bu,iu->bi", x, layer.kernel)))
+
+
+def variable_argument():
+    inputs = keras.Input((5,))
+    x = L.Dense(8, name="a")(inputs) * keras.Variable(VECTOR, trainable=False)
+    return keras.Model(inputs, L.Dense(3, name="b")(x))
+
+
+def frozen():
+    model = dense(lambda x: L.Dense(8, name="c")(x))()
+    model.get_layer("c").trainable = False
+    return model
+
+
+LAWS = {
+    # Arguments that are no tensors: half of the units can go but where a variable is used.
+    "x + vector": (dense(lambda x: x + VECTOR), True),
+    "vector - x": (dense(lambda x: ops.subtract(VECTOR, x)), True),
+    "x / tensor": (dense(lambda x: x / ops.convert_to_tensor(VECTOR + 2)), True),
+    "vector / x": (dense(lambda x: ops.divide(VECTOR + 3, ops.exp(ops.tanh(x)))), True),
+    "maximum": (dense(lambda x: ops.maximum(x, VECTOR)), True),
+    "keyword": (dense(lambda x: ops.minimum(x, x2=VECTOR)), True),
+    "power": (dense(lambda x: ops.tanh(x) ** 2), True),
+    "row": (dense(lambda x: x + VECTOR[None]), True),
+    "table": (steps(lambda x: x * np.outer(np.arange(6), VECTOR).astype("float32")), True),
+    "column": (steps(lambda x: x * np.arange(6, dtype="float32")[:, None]), True),
+    "column that is added": (steps(lambda x: x + np.arange(6, dtype="float32")[:, None]), False),
+    "number": (dense(lambda x: 2 * x - np.float32(1)), True),
+    "zeros": (dense(lambda x: x * np.array([1, 1, 0, 1] * 2, "float32")), True),
+    "clip": (dense(lambda x: ops.clip(x, -1, 1)), True),
+    "variable": (variable_argument, False),
+    "broadcast to channels": (dense(lambda x: L.Dense(1)(x) + VECTOR), None),
+    # Layers that hold values a channel.
+    "rescaling by channel": (dense(lambda x: L.Rescaling((VECTOR + 2).tolist())(x)), False),
+    "rescaling by array": (dense(lambda x: L.Rescaling(2.0, VECTOR)(x)), False),
+    "noise shape": (steps(lambda x: L.Dropout(0.5, noise_shape=(None, 1, 8))(x)), False),
+    "initializer": (dense(lambda x: L.Dense(8, bias_initializer=keras.initializers.Constant(VECTOR))(x)), False),
+    "normalization": (dense(lambda x: L.Normalization(mean=VECTOR.tolist(), variance=(VECTOR + 2).tolist())(x)), False),
+    "layer normalization": (dense(lambda x: L.LayerNormalization()(x)), False),
+    "prelu": (conv(lambda x: L.PReLU()(x)), True),
+    "prelu, channels share": (conv(lambda x: L.PReLU(shared_axes=[3])(x)), True),
+    "prelu, places share": (conv(lambda x: L.PReLU(shared_axes=[1, 2])(x)), True),
+    "batch normalization": (conv(lambda x: L.BatchNormalization()(x)), True),
+    # What is random in training, and what is called as in training.
+    "dropout": (dense(lambda x: L.Dropout(0.5)(x)), True),
+    "spatial dropout": (conv(lambda x: L.SpatialDropout2D(0.5)(x)), True),
+    "gaussian": (dense(lambda x: L.GaussianNoise(0.5)(L.GaussianDropout(0.5)(x))), True),
+    "alpha dropout": (dense(lambda x: L.AlphaDropout(0.5)(x)), False),
+    "random contrast": (conv(lambda x: L.RandomFlip()(x)), False),
+    "dropout in training": (dense(lambda x: L.Dropout(0.5)(x, training=True)), False),
+    "noise in training": (dense(lambda x: L.GaussianNoise(0.5)(x, training=True)), False),
+    "normalization in training": (dense(lambda x: L.BatchNormalization()(x, training=True)), None),
+    "normalization not in training": (dense(lambda x: L.BatchNormalization()(x, training=False)), True),
+    "model in training": (dense(nested_training), False),
+    "attention with dropout": (steps(lambda x: L.MultiHeadAttention(2, 3, dropout=0.5)(x, x)), True),
+    "recurrent with dropout": (steps(lambda x: L.LSTM(4, dropout=0.5, return_sequences=True)(x)), None),
+    # Graphs.
+    "shared layer": (dense(lambda x: [shared := L.Dense(8), shared(shared(x))][1]), False),
+    "shared activation": (dense(lambda x: [shared := L.ReLU(), shared(L.Dense(8)(shared(x)))][1]), False),
+    "nested": (dense(chain(L.Dense(8, "relu"), L.Dropout(0.5))), True),
+    "nested, twice": (dense(called_twice), False),
+    "on its own inputs": (on_its_own_inputs, None),
+    "captured variable": (captured, False),
+    "frozen": (frozen, True),
+}
+
+
+@pytest.mark.parametrize("name", list(LAWS))
+def test_the_law(name):
+    make, shrinks = LAWS[name]
+    model = randomize(make(), seed=3)
+    for layer in (layer for layer in model._flatten_layers() if hasattr(layer, "kernel") and layer.name != "b"):
+        kill(layer, slice(1, None, 2), biases=layer.name == "a")
+    before = [ops.convert_to_numpy(variable).copy() for variable in model.variables]
+    small = kr.compact(model)
+    x = samples(model)
+    # Both draw from the states that they have.
+    with keras.StatelessScope():
+        outputs = [keras.tree.flatten(one(x)) for one in (model, small)]
+    for one, other in zip(*outputs, strict=True):
+        one, other = map(ops.convert_to_numpy, (one, other))
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+    assert all(np.array_equal(one, ops.convert_to_numpy(other)) for one, other in zip(before, model.variables, strict=True))
+    if shrinks is not None:
+        assert (small.get_layer("a").kernel.shape[-1] < 8) == shrinks
+    assert len(small.trainable_variables) == len(model.trainable_variables)
+    small.compile("sgd", "mse", run_eagerly=True)
+    values = small.get_layer("a").get_weights()
+    small.train_on_batch(
+        x, [np.zeros(one.shape) for one in outputs[0]] if len(outputs[0]) > 1 else np.zeros(outputs[0][0].shape)
+    )
+    assert not np.array_equal(values[0], small.get_layer("a").get_weights()[0])
+    # What is trained is the small model alone.
+    assert all(np.array_equal(one, ops.convert_to_numpy(other)) for one, other in zip(before, model.variables, strict=True))

@@ -7,8 +7,8 @@ from typing import Any
 
 import keras
 
-from keras_renorm.conversion import copy_layer, copy_model, remade
-from keras_renorm.copying import Copier
+from keras_renorm.conversion import copy_model, remade
+from keras_renorm.copying import Copier, with_config
 from keras_renorm.export.inputs import in_half
 from keras_renorm.export.narrowing import narrow_layers
 from keras_renorm.export.repair import repair_head
@@ -99,4 +99,4 @@ def _reconfigured(layer: keras.Layer, change: Callable[[str, Any], Any]) -> kera
 
     config = layer.get_config()
     changes = {key: replace(key, value) for key, value in config.items()}
-    return copy_layer(layer, **{key: value for key, value in changes.items() if value != config[key]})
+    return with_config(layer, **{key: value for key, value in changes.items() if value != config[key]})

@@ -8,7 +8,9 @@ import keras
 import numpy as np
 
 from keras_renorm import validation, xnnpack
-from keras_renorm.conversion import compile_like, copy_layer, strip
+from keras_renorm.comparing import check_same
+from keras_renorm.conversion import compile_like, strip
+from keras_renorm.copying import with_config
 from keras_renorm.export.rewriting import Change, rewrite, values_of
 from keras_renorm.graph import Call, Graph, check_graph, functional_of, graph_of
 from keras_renorm.layers.masked import masked_layers
@@ -61,6 +63,8 @@ def repair(model: keras.Model) -> keras.Model:
     changes, notes = _changes_of_padding(graph)
     head, head_notes = _changes_of_head(plain, graph)
     repaired = rewrite(plain, graph, changes | head)
+    if all(note.endswith("the same outputs") for note in (*notes, *head_notes)):
+        check_same(model, repaired, {}, "The repaired copy")
     if model.compiled:
         compile_like(repaired, model)
     repaired.repair_notes = (*notes, *head_notes)
@@ -127,7 +131,7 @@ def _symmetric(layer: keras.Layer, margins: tuple, size: tuple, channels: int) -
     def padded(margin, **changes):
         return [
             (L.ZeroPadding2D(margin, name=f"{layer.name}_padding"), []),
-            (copy_layer(layer, padding="valid", **changes), [weights, *bias]),
+            (with_config(layer, padding="valid", **changes), [weights, *bias]),
         ]
 
     if not even or margins != (wanted - 1, wanted) * 2:
@@ -156,7 +160,7 @@ def _changes_of_head(model: keras.Model, graph: Graph) -> tuple[dict[int, Change
         chain = _head(call, readers, outputs)
         if not any(type(one.operation) is L.Conv2D for one in chain):
             continue
-        changes[id(call)] = Change([(copy_layer(layer, keepdims=False), [])])
+        changes[id(call)] = Change([(with_config(layer, keepdims=False), [])])
         for one in chain:
             if type(one.operation) is L.Conv2D:
                 changes[id(one)] = Change([_dense_of(one.operation)])
@@ -164,7 +168,7 @@ def _changes_of_head(model: keras.Model, graph: Graph) -> tuple[dict[int, Change
         if len(chain[-1].outputs[0].shape) == 4:
             shape = tuple(chain[-1].outputs[0].shape[1:])
             last = chain[-1].operation
-            kept = changes.get(id(chain[-1])) or Change([(copy_layer(last), values_of(last))])
+            kept = changes.get(id(chain[-1])) or Change([(with_config(last), values_of(last))])
             changes[id(chain[-1])] = Change([*kept.layers, (L.Reshape(shape, name=f"{layer.name}_shape"), [])])
     return changes, notes
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.conversion import copy_layer
+from keras_renorm.copying import Copier
 from keras_renorm.graph import Graph, remake
 
 
@@ -33,19 +33,22 @@ class Change:
 
 def rewrite(model: keras.Model, graph: Graph, changes: dict[int, Change]) -> keras.Model:
     """A copy of a model with changes, by the `id` of a call."""
-    remade: dict[int, Any] = {}
-    weights = [pair for change in changes.values() for pair in change.layers]
+    copier = Copier(model)
 
     def operation_for(call):
-        if id(call) in changes:
-            return changes[id(call)]
-        if id(call.operation) not in remade:
-            remade[id(call.operation)] = copy_layer(call.operation)
-            weights.append((remade[id(call.operation)], values_of(call.operation)))
-        return remade[id(call.operation)]
+        operation = changes[id(call)] if id(call) in changes else copier.copy(call.operation)
+
+        def call_anew(*args, **kwargs):
+            args, kwargs = keras.tree.map_structure(counterpart, (args, kwargs))
+            return operation(*args, **kwargs)
+
+        return call_anew
+
+    def counterpart(argument):
+        return copier.copy(argument) if isinstance(argument, keras.Variable) else argument
 
     model = remake(model, graph, operation_for)
-    for layer, values in weights:
+    for layer, values in [pair for change in changes.values() for pair in change.layers]:
         for variable, value in zip(getattr(layer, "variables", ()), values, strict=True):
             variable.assign(value)
     return model

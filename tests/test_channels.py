@@ -1,9 +1,11 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.graph import walk_back
+from keras_renorm.channels import walk_back
+from tests.test_compaction import LAWS, deafen, randomize
 
 L = keras.layers
 
@@ -11,12 +13,13 @@ L = keras.layers
 def units_read(model, masks=None):
     """What `walk_back` says is read, layer by layer."""
     seen = {}
+    named = {id(layer.kernel): (masks or {}).get(layer.name) for layer in model._flatten_layers() if hasattr(layer, "kernel")}
 
-    def visit(layer, read):
-        seen[layer.name] = read.tolist()
-        return (masks or {}).get(layer.name)
+    def live(variable):
+        mask = named.get(id(variable))
+        return np.ones(variable.shape, bool) if mask is None else mask
 
-    walk_back(model, visit)
+    walk_back(model, lambda layer, read: seen.update({layer.name: read.tolist()}), live)
     return seen
 
 
@@ -90,7 +93,7 @@ def test_a_layer_called_twice_takes_everything_to_be_read():
     layer = L.Dense(2, name="shared")
     inputs = keras.Input((2,))
     model = keras.Model(inputs, L.Dense(1, name="out")(layer(layer(inputs))))
-    assert units_read(model, {"out": only((2, 1), (0, 0))})["shared"] == [True, True]
+    assert "shared" not in units_read(model, {"out": only((2, 1), (0, 0))})
 
 
 def test_weights_that_nothing_reads_go_first():
@@ -133,4 +136,33 @@ def test_a_layer_that_a_nested_model_calls_too():
     inner_inputs, inputs = keras.Input((2,)), keras.Input((2,))
     inner = keras.Model(inner_inputs, L.Dense(1)(layer(inner_inputs)))
     model = keras.Model(inputs, [L.Dense(1, name="out")(layer(inputs)), inner(inputs)])
-    assert units_read(model, {"out": only((2, 1), (0, 0))})["shared"] == [True, True]
+    assert "shared" not in units_read(model, {"out": only((2, 1), (0, 0))})
+
+
+@pytest.mark.parametrize("name", [name for name in LAWS if name not in ("on its own inputs", "captured variable", "zeros")])
+def test_compact_takes_out_what_the_walk_calls_unread(name):
+    """One answer of both, but for constants: half of the inputs of the last layer are not read."""
+    model = randomize(LAWS[name][0](), seed=3)
+    deafen(model.get_layer("b"), slice(1, None, 2))
+    seen = {}
+    walk_back(
+        model,
+        lambda layer, read: seen.update({layer.name: int(read.sum())}),
+        lambda variable: ops.convert_to_numpy(variable) != 0,
+    )
+    small = kr.compact(model)
+    assert small.get_layer("a").kernel.shape[-1] == seen["a"]
+    assert {name: small.get_layer(name).bias.shape[0] for name in seen if "conv" not in name or "depth" not in name} == seen
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: L.DepthwiseConv2D(3, name="d"), lambda: L.PReLU(shared_axes=[1, 2], name="d")], ids=["depthwise", "prelu"]
+)
+def test_units_unread_behind_depthwise_and_prelu(layer):
+    inputs = keras.Input((6, 6, 2))
+    model = keras.Model(inputs, L.Conv2D(3, 1, name="b")(layer()(L.Conv2D(8, 3, name="a")(inputs))))
+    deafen(model.get_layer("b"), [0, 2, 5, 6])
+    read = units_read(model, {"b": ops.convert_to_numpy(model.get_layer("b").kernel) != 0})
+    assert read["a"] == [False, True, False, True, True, False, False, True]
+    kernel = kr.prune(model, {"a": 0.5}, renormalize=None).get_layer("a").kernel
+    assert not ops.convert_to_numpy(kernel)[..., [0, 2, 5, 6]].any()
