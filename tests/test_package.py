@@ -13,7 +13,7 @@ ROOT = pathlib.Path(kr.__file__).parent
 # Rooms, from the ground up: a module imports from rooms above its own line only, or from its own.
 ROOMS = [
     ["version", "arrays", "serialization", "tables", "moments", "run_folder"],
-    ["validation"],
+    ["validation", "copying", "comparing"],
     ["streaming", "patterns", "least_squares", "schedules", "allocation", "report"],
     ["masks", "renorm"],
     ["criteria"],
