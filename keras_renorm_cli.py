@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import importlib
 import importlib.metadata
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"{PROGRAM}: error: {_in_one_line(error)}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {_with_file(_in_one_line(error), arguments)}", file=sys.stderr)
         return FAILED
 
 
@@ -404,6 +405,8 @@ def _check_files(arguments: argparse.Namespace) -> None:
         if isinstance(value, pathlib.Path) and value is not getattr(arguments, "output", None):
             if value.is_dir():
                 raise IsADirectoryError(f"'{value}' is a folder, not a file.")
+            if value.exists() and not value.is_file():
+                raise OSError(f"'{value}' is a pipe or a device, not a file. Write what comes out of it to a file first.")
             with open(value, "rb"):
                 pass
     if "output" in arguments:
@@ -415,6 +418,8 @@ def _check_output(path: pathlib.Path, force: bool) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "cannot be written: its folder does not exist"
         raise OSError(f"'{path}' {what}.")
+    if path.exists() and not path.is_file():
+        raise OSError(f"'{path}' is a pipe or a device, not a file. Pass another -o.")
     if path.exists() and not force:
         raise FileExistsError(f"'{path}' is there already. Pass --force to write over it, or another -o.")
     if not os.access(path.parent, os.W_OK):
@@ -484,7 +489,19 @@ def _show_warning(message: Any, category: type, *_: Any) -> None:
     print(f"{PROGRAM}: warning: {_in_one_line(message)}", file=sys.stderr)
 
 
+def _with_file(text: str, arguments: argparse.Namespace) -> str:
+    """An error that names a file: the one whose argument it is about, or the first."""
+    paths = {name: value for name, value in vars(arguments).items() if isinstance(value, pathlib.Path)}
+    if text.startswith("--") or any(str(path) in text for path in paths.values()):
+        return text
+    about = [path for name, path in paths.items() if f"`{name}`" in text]
+    return f"'{[*about, *paths.values()][0]}': {text}"
+
+
 def _in_one_line(error: Any) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = "" if error.filename is None else f"'{error.filename}': "
+        return f"{where}{error.strerror}. Make room where the output goes and in the folder for temporary files (TMPDIR)."
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"'{error.filename}': {error.strerror}"
     text = textwrap.shorten(str(error), 1000, placeholder=" ...")

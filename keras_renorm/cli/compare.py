@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_renorm.cli import files
 from keras_renorm.export import flatbuffer
-from keras_renorm.export.benchmark import in_turns, inference
+from keras_renorm.export.benchmark import Inference, in_turns, shapes_of
 from keras_renorm.export.inputs import as_inputs, random_inputs, structured
 from keras_renorm.export.verification import Runner
 from keras_renorm.tables import format_table
@@ -25,11 +25,11 @@ _WARMUP = 5
 
 
 class _KerasFile:
-    """A `.keras` file that answers; `name` and `inputs` are those of its model."""
+    """A `.keras` file that answers; `inputs` and `input_names` are those of its model."""
 
     def __init__(self, path: pathlib.Path):
         self.model = files.load_model(path)
-        self.name, self.inputs = str(path), self.model.inputs
+        self.name, self.inputs, self.input_names = str(path), self.model.inputs, files.input_names(self.model)
 
     def answer(self, batch: list[np.ndarray]) -> list[np.ndarray]:
         answer = self.model.predict_on_batch(structured(self.model, batch))
@@ -50,12 +50,13 @@ class _LiteFile:
             keras.KerasTensor([None if side < 0 else int(side) for side in one["shape_signature"]], one["dtype"], name=name)
             for name, one in self.runner.inputs.items()
         ]
+        self.input_names = list(self.runner.inputs)
 
     def answer(self, batch: list[np.ndarray]) -> list[np.ndarray]:
-        return _in_order(self.runner({spec.name: array for spec, array in zip(self.inputs, batch)}))
+        return _in_order(self.runner(dict(zip(self.input_names, batch))))
 
     def inference(self, sample: list[np.ndarray], threads: int) -> Callable[[], Any]:
-        return inference(self.path, threads)
+        return Inference(self.path, threads, dict(zip(self.input_names, sample)))
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
     data = {
         "files": rows,
         "samples": len(samples[0][0]),
+        "shapes": shapes_of(array[:1].shape for array in samples[0]),
         "random": arguments.data is None,
         "difference": float(distances.max(initial=0)),
         "mean_difference": float(distances.mean()),
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
 
 def _samples(both: list, path: pathlib.Path | None) -> tuple[list[list[np.ndarray]], np.ndarray | None]:
     """The inputs of both files, and the labels."""
-    names = [[spec.name for spec in file.inputs] for file in both]
+    names = [file.input_names for file in both]
     if path is None:
         drawn = random_inputs(both[0])
         by_name = dict(zip(names[0], drawn))
@@ -195,7 +197,7 @@ def _table(data: dict) -> str:
     where = " and ".join(runtimes[suffix] for suffix in sorted({row["path"].suffix for row in rows}))
     lines = [
         format_table(("", *(str(row["path"]) for row in rows), ""), cells, right=(1, 2, 3)),
-        f"Latencies are medians of {data['runs']} inferences of one sample, in turns, in {where}.",
+        f"Latencies are medians of {data['runs']} inferences of one sample ({data['shapes']}), in turns, in {where}.",
         f"Outputs differ by {data['difference']:.2g} at most and {data['mean_difference']:.2g} in the mean, where they reach "
         f"{data['output_range']:.2g}, on {data['samples']:,} {'random inputs' if data['random'] else 'samples'}.",
     ]

@@ -57,14 +57,15 @@ def load_model(path: pathlib.Path) -> keras.Model:
         ValueError: if it is not a whole Keras model, or holds objects that nobody registered.
     """
     if not zipfile.is_zipfile(path):
-        begin = path.read_bytes()[:2]
-        what = "begins like a Keras model, but is cut off. Copy or save it again" if begin == b"PK" else "is not a Keras model"
-        raise ValueError(f"'{path}' {what}.")
+        with open(path, "rb") as file:
+            cut = file.read(2) == b"PK"
+        what = "begins like a Keras model, but is cut off. Copy or save" if cut else "is not a Keras model. Save one there with"
+        raise ValueError(f"'{path}' {what} {'it again' if cut else '`model.save(path)`'}.")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise ValueError(f"'{path}' is no whole Keras model: {error}.") from error
+        raise ValueError(f"'{path}' is no whole Keras model: {error}. Copy or save it again.") from error
     if damaged:
         raise ValueError(f"'{path}' is damaged in its part '{damaged}'. Copy or save it again.")
     try:
@@ -79,18 +80,18 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
     except (KeyError, ValueError) as damage:
-        return f"It is no whole Keras model: {damage}."
+        return f"It is no whole Keras model: {str(damage).strip(chr(34))}. Copy or save it again."
     config.pop("compile_config", None)
     if unknown := list(dict.fromkeys(_unregistered(config))):
         return (
             f"It holds objects that are not Keras' own: {', '.join(unknown)}. Pass `--import MODULE`, a module that defines "
             'them with `@keras.saving.register_keras_serializable("PACKAGE")`, where they are called PACKAGE>NAME.'
         )
-    if "safe_mode" in str(error):
+    if code := list(dict.fromkeys(_with_code(config))):
         return (
-            "It holds Python code (such as the function of a Lambda layer), which is not run. Write that layer as a class or a "
-            "registered function; or, if you trust the file, work with it in Python: "
-            "`keras.models.load_model(path, safe_mode=False)`."
+            f"It holds Python code, which is not run: the function in {', '.join(code)}. Write that layer as a class, or its "
+            "function as one that is registered with `@keras.saving.register_keras_serializable()`, and pass `--import "
+            "MODULE`; or, if you trust the file, work with it in Python: `keras.models.load_model(path, safe_mode=False)`."
         )
     # Keras writes the whole config before the reason.
     reason = str(error).rpartition("Exception encountered: ")[2].strip()
@@ -101,14 +102,26 @@ def _unregistered(config: Any) -> Iterator[str]:
     """Names of classes and functions in a model's config that Keras does not know."""
     if isinstance(config, dict):
         name = config.get("registered_name")
+        own = str(config.get("module")).partition(".")[0] == "keras"
         if name == "function":
             name = config.get("config")
-            if any(hasattr(getattr(keras, module), str(name)) for module in _KERAS_FUNCTIONS):
-                name = None
-        if isinstance(name, str) and keras.saving.get_registered_object(name) is None:
+            own = any(hasattr(getattr(keras, module), str(name)) for module in _KERAS_FUNCTIONS)
+        if isinstance(name, str) and not own and keras.saving.get_registered_object(name) is None:
             yield name
     for part in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
         yield from _unregistered(part)
+
+
+def _with_code(config: Any, layer: str = "a layer") -> Iterator[str]:
+    """The layers in a model's config that hold code of functions without a name."""
+    if isinstance(config, dict):
+        inner = config.get("config")
+        if config.get("class_name") == "__lambda__":
+            yield layer
+        if isinstance(inner, dict) and "name" in inner:
+            layer = f"layer '{inner['name']}' ({config.get('class_name')})"
+    for part in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from _with_code(part, layer)
 
 
 def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -120,14 +133,24 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            return {"x": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
+            arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except Exception as error:
+        # What a damaged file makes of NumPy's readers is of many kinds.
         if "pickle" not in str(error):
-            raise ValueError(f"'{path}' cannot be read as NumPy's arrays: {error}") from error
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"'{path}' cannot be read as NumPy's arrays: {reason.rstrip('.')}. Copy it again, or write it with `np.savez`."
+            ) from error
         raise ValueError(
             f"'{path}' is no file of plain arrays: what is in it may be Python objects, which could run code and are not "
             "loaded. Save arrays of numbers: `np.savez('samples.npz', x=np.asarray(images, 'float32'))`."
         ) from error
+    if single := [name for name, array in arrays.items() if np.ndim(array) == 0]:
+        raise ValueError(
+            f"'{path}' must hold arrays whose first axis is the sample. It holds a single value as `{single[0]}`: leave it "
+            "out, or save an array."
+        )
+    return arrays
 
 
 def samples_of(arrays: dict[str, np.ndarray], names: Sequence[str], path: pathlib.Path) -> list[np.ndarray]:
@@ -150,12 +173,17 @@ def samples_of(arrays: dict[str, np.ndarray], names: Sequence[str], path: pathli
     raise ValueError(f"'{path}' must hold {wanted}. It holds {sorted(arrays)}.")
 
 
-def inputs_from(path: pathlib.Path | None, model: keras.Model) -> list[np.ndarray] | np.ndarray | None:
-    """The samples of a file, as the functions of `keras_renorm` take them."""
-    if path is None:
-        return None
-    arrays = samples_of(load_arrays(path), [tensor.name for tensor in model.inputs], path)
-    return arrays if len(arrays) > 1 else arrays[0]
+def input_names(model: keras.Model) -> list[str]:
+    """How the inputs of a model are called: by its keys, if it takes a dict, else by their own names."""
+    structure = getattr(model, "_inputs_struct", None)
+    if isinstance(structure, dict) and not any(map(keras.tree.is_nested, structure.values())):
+        return [path[-1] for path, _ in keras.tree.flatten_with_path(structure)]
+    return [tensor.name for tensor in getattr(model, "inputs", None) or []] or ["x"]
+
+
+def inputs_from(path: pathlib.Path | None, model: keras.Model) -> list[np.ndarray] | None:
+    """The samples of a file, an array for each input of the model."""
+    return None if path is None else samples_of(load_arrays(path), input_names(model), path)
 
 
 @contextlib.contextmanager
@@ -163,5 +191,10 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Another path to write to, which gets its name when all is done and is gone when something fails."""
     with folder_beside(path) as folder:
         partial = folder / path.name
-        yield partial
-        os.replace(partial, path)
+        try:
+            yield partial
+            os.replace(partial, path)
+        except OSError as error:
+            raise OSError(
+                f"'{path}' cannot be written: {error.strerror or error}. Make room in its folder, or pass another -o."
+            ) from error

@@ -10,12 +10,14 @@ from typing import Any
 from keras_renorm import patterns
 from keras_renorm.cli import files
 from keras_renorm.compaction import compact
+from keras_renorm.export.inputs import structured
 from keras_renorm.pruning import prune
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:
     files.import_modules(arguments.modules)
     model = files.load_model(arguments.model)
+    samples = files.inputs_from(arguments.calibration, model)
     pattern = arguments.pattern
     pruned = prune(
         model,
@@ -25,7 +27,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
         group=arguments.group,
         allocation=arguments.allocation,
         renormalize=None if arguments.renormalize == "none" else arguments.renormalize,
-        calibration=files.inputs_from(arguments.calibration, model),
+        calibration=None if samples is None else structured(model, samples),
         layers=arguments.layer,
         target=arguments.target,
         batch_size=arguments.batch_size,
