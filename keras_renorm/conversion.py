@@ -212,7 +212,8 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
         if isinstance(layer, MaskedLayer) or not any(_selects(selector, layer) for selector in selectors):
             continue
         try:
-            if find_kernels(layer):
+            kernels = find_kernels(layer)
+            if kernels and (layers is not None or not kernels[0].added):
                 chosen[id(layer)] = layer
             elif layers is not None:
                 refused.append(f"layer '{layer.name}' has no kernel")

@@ -98,7 +98,9 @@ def summary(model: keras.Model) -> Summary:
             rows += [_masked_row(layer, part, kernel) for part in parts for kernel in part.masked_kernels]
             continue
         try:
-            rows += [_plain_row(layer, kernel) for kernel in find_kernels(layer)]
+            found = [_plain_row(layer, kernel) for kernel in find_kernels(layer)]
+            # What is only added to inputs counts where it was pruned.
+            rows += [row for row, kernel in zip(found, find_kernels(layer)) if row.sparsity or not kernel.added]
         except ValueError as error:
             notes.append(f"Not pruned: {error}.")
     idle = never_pruned(model)
