@@ -264,9 +264,10 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
     for layer in candidates:
         if isinstance(layer, MaskedLayer) or not any(_selects(selector, layer) for selector in selectors):
             continue
-        if isinstance(kernels[id(layer)], ValueError):
-            refused.append(str(kernels[id(layer)]))
-        elif kernels[id(layer)]:
+        found = kernels[id(layer)]
+        if isinstance(found, ValueError):
+            refused.append(str(found))
+        elif found and (layers is not None or not found[0].added):
             chosen[id(layer)] = layer
         elif layers is not None:
             refused.append(f"layer '{layer.name}' has no kernel of its own")

@@ -27,6 +27,11 @@ class Pattern(serialization.Configurable):
     most = 1.0
     units_per_cell = 1
 
+    @property
+    def by_units(self) -> bool:
+        """Whether whole units go."""
+        return self.units_per_cell is None
+
     def cells(self, scores: np.ndarray) -> np.ndarray:
         """One score a cell, as a matrix with units last; `inf` marks a cell that always stays.
 

@@ -190,7 +190,7 @@ def _targets(
 
 def _without_outputs(model: keras.Model, chosen: dict[int, keras.Layer], patterns_of: dict) -> dict[int, keras.Layer]:
     """Leave out layers whose units would go and are the model's outputs: without them it would be another model."""
-    by_units = {key for key in chosen if isinstance(patterns_of[key], patterns.Unit)}
+    by_units = {key for key in chosen if patterns_of[key].by_units}
     if not by_units:
         return chosen
     ties = find_ties(model)

@@ -38,7 +38,7 @@ class Target:
     @property
     def by_units(self) -> bool:
         """Whether whole units go."""
-        return isinstance(self.pattern, patterns.Unit)
+        return self.pattern.by_units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,8 +102,10 @@ def summary(model: keras.Model) -> Summary:
         found = kernels[id(layer)]
         if isinstance(found, ValueError):
             notes.append(f"Not pruned: {found}.")
-        else:
-            rows += [_plain_row(layer, kernel) for kernel in found]
+            continue
+        plain = [(kernel, _plain_row(layer, kernel)) for kernel in found]
+        # What is only added to inputs counts where it was pruned.
+        rows += [row for kernel, row in plain if row.sparsity or not kernel.added]
     missing = shortfall(model)
     return Summary(tuple(rows), tuple(notes + ([missing] if missing else [])))
 

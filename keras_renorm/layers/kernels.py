@@ -8,14 +8,19 @@ from collections.abc import Callable
 import keras
 
 from keras_renorm import validation
+from keras_renorm.layers.usage import added_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A prunable variable. `input_axes` run over the inputs of one unit, the other axes number the units."""
+    """A prunable variable. `input_axes` run over the inputs of one unit, the other axes number the units.
+
+    `added` says that it is no kernel in fact, but a position embedding or a token: pruned only where it is asked for.
+    """
 
     variable: keras.Variable
     input_axes: tuple[int, ...]
+    added: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def size(self) -> int:
@@ -69,13 +74,15 @@ def _none(layer):
 
 def _own_layer(layer):
     """A user's own layer: what `get_prunable_weights()` names, else all its weights to train of rank two or more."""
-    if hasattr(layer, "get_prunable_weights"):
-        variables = layer.get_prunable_weights()
-    else:
-        # A frozen layer's count too: it is asked to be pruned, not trained.
-        own = layer._trainable_variables
-        variables = [v for v in own if len(v.shape) > 1 and keras.backend.is_float_dtype(v.dtype)]
+    named = hasattr(layer, "get_prunable_weights")
+    variables = layer.get_prunable_weights() if named else _own_matrices(layer)
     return [Kernel(variable, tuple(range(len(variable.shape) - 1))) for variable in variables]
+
+
+def _own_matrices(layer):
+    # A frozen layer's count too: it is asked to be pruned, not trained.
+    own = layer._trainable_variables
+    return [v for v in own if len(v.shape) > 1 and keras.backend.is_float_dtype(v.dtype)]
 
 
 _one_kernel = _last_axis_is_units("kernel")
@@ -108,6 +115,9 @@ _FINDERS: dict[type, Callable] = {
 def find_kernels(layer: keras.Layer) -> list[Kernel]:
     """The prunable weights of a built layer and of the layers inside it.
 
+    Of a layer of one's own, weights that are only added to its inputs, such as position embeddings and class tokens, do not
+    count, unless its `get_prunable_weights()` names them. A layer that has nothing else gives those, marked as `added`.
+
     Args:
         layer: a built layer.
 
@@ -118,7 +128,7 @@ def find_kernels(layer: keras.Layer) -> list[Kernel]:
         ValueError: if the layer holds weights that cannot be pruned as it is (LoRA, quantized).
     """
     validation.refuse_legacy_keras(layer, "layer")
-    kernels, seen = [], set()
+    kernels, seen, added = [], set(), set()
     for part in layer._flatten_layers():
         if isinstance(part, keras.layers.SpectralNormalization):
             raise ValueError(f"layer '{part.name}' rewrites its kernel while it trains; prune the layer inside it instead")
@@ -129,8 +139,11 @@ def find_kernels(layer: keras.Layer) -> list[Kernel]:
         finder = next((_FINDERS[cls] for cls in type(part).__mro__ if cls in _FINDERS), _own_layer)
         if not part.built and finder not in (_none, _own_layer):
             raise ValueError(f"layer '{part.name}' was never built; call it, or the model, on a batch of data first")
+        if finder is _own_layer and part.built and not hasattr(part, "get_prunable_weights"):
+            added |= added_weights(part, _own_matrices(part))
         for kernel in finder(part):
             if id(kernel.variable) not in seen:
                 seen.add(id(kernel.variable))
                 kernels.append(kernel)
-    return kernels
+    multiplied = [kernel for kernel in kernels if id(kernel.variable) not in added]
+    return multiplied or [dataclasses.replace(kernel, added=True) for kernel in kernels]

@@ -1,0 +1,193 @@
+"""How a layer of one's own uses its weights: multiplied with its inputs and looked up by them, or added to them.
+
+Position embeddings and class tokens are tables of weights that a network adds to what comes in, or puts before it. A zero in
+one is a value like any other: it spares no computation and no unit is worth less for it. So they are no kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras.src.backend.common import global_state
+
+# Operations that put tensors together without a product of their values, such as sums, and those that choose among them.
+_JOINING = {"Add", "Append", "Concatenate", "Hstack", "Maximum", "Minimum", "Stack", "Subtract", "Vstack", "Where"}
+_NAMES_OF_ADDED = re.compile(r"position|pos_?emb|(class|cls|dist|distillation|mask|register)_?token")
+
+
+def added_weights(layer: keras.Layer, weights: list[keras.Variable]) -> set[int]:
+    """Which weights of a layer are only added to its inputs, or do not meet them at all.
+
+    The layer is called once on symbolic tensors of the shapes that it was built for. A weight counts as multiplied if it, or
+    what was made from it, meets something that comes from the inputs in any operation that is no sum, no concatenation and no
+    choice among values, such as a product, a convolution or a lookup with the inputs as indices. Handed to another layer next
+    to the inputs, it counts as data. Tables of `Embedding` layers in it that are looked up by constants alone count as added.
+    Where the call cannot be followed (it uses operations of TensorFlow, say), names and shapes decide: what is named after
+    positions or tokens, or has the shape `(1, ..., n)` of something that is broadcast over samples.
+
+    Args:
+        layer: a built layer.
+        weights: variables that it holds itself.
+
+    Returns:
+        The `id` of those variables, and of the tables of such embeddings.
+    """
+    tables = [part for part in layer._layers if isinstance(part, keras.layers.Embedding) and part.built]
+    if not weights and not tables:
+        return set()
+    try:
+        multiplied, met, by_constants = _follow(layer, weights, tables)
+    except Exception:
+        added = {id(weight) for weight in weights if _NAMES_OF_ADDED.search(weight.name) or _is_broadcast(weight)}
+        return added | {id(part.embeddings) for part in tables if _NAMES_OF_ADDED.search(part.name)}
+    return (met - multiplied) | {id(part.embeddings) for part in by_constants}
+
+
+def _is_broadcast(weight: keras.Variable) -> bool:
+    return len(weight.shape) > 2 and weight.shape[0] == 1
+
+
+def _follow(layer, weights, tables) -> tuple[set[int], set[int], list]:
+    """Which weights are multiplied, which are used at all, and which tables only constants look up."""
+    called: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_traces(layer))
+        of_weights = {id(weight): keras.KerasTensor(weight.shape, weight.dtype) for weight in weights}
+        args, kwargs = _symbolic_inputs(layer)
+        stack.enter_context(_in_place_of_weights(layer, of_weights))
+        before = {id(part): len(part._inbound_nodes) for part in tables}
+        for part in tables:
+            stack.enter_context(_attribute(part, "call", _noting(part, called)))
+        with keras.StatelessScope():
+            outputs = layer.call(*args, **kwargs)
+        by_constants = [part for part in tables if id(part) in called and len(part._inbound_nodes) == before[id(part)]]
+        multiplied, met = _meetings(outputs, {id(tensor): key for key, tensor in of_weights.items()})
+    return multiplied, met, by_constants
+
+
+def _symbolic_inputs(layer: keras.Layer) -> tuple[list, dict[str, Any]]:
+    """What the layer was built for, with sides of 2 where there is none."""
+    shapes = layer._build_shapes_dict
+
+    def symbolic(shape):
+        return keras.KerasTensor([2 if side is None else side for side in shape], layer.compute_dtype)
+
+    tensors = {name: keras.tree.map_shape_structure(symbolic, shape) for name, shape in shapes.items()}
+    if len(tensors) == 1:
+        return list(tensors.values()), {}
+    return [], {name.removesuffix("_shape"): tensor for name, tensor in tensors.items()}
+
+
+def _meetings(outputs: Any, weights: dict[int, int]) -> tuple[set[int], set[int]]:
+    """Which weights are multiplied on their way to the outputs, and which are on the way at all."""
+    multiplied: set[int] = set()
+    met: set[int] = set()
+    # Of each tensor: the weights that it is made of alone, or `None` if something of the inputs is in it.
+    made_of: dict[int, set[int] | None] = {}
+
+    def of(tensor):
+        return made_of.get(id(tensor), {weights[id(tensor)]} if id(tensor) in weights else None)
+
+    for node in _nodes_before(outputs):
+        parts = [of(tensor) for tensor in node.input_tensors]
+        alone = set().union(*(part for part in parts if part))
+        met |= alone
+        from_inputs = any(part is None for part in parts)
+        if from_inputs and not isinstance(node.operation, keras.Layer) and type(node.operation).__name__ not in _JOINING:
+            multiplied |= alone
+        made_of.update((id(tensor), None if from_inputs else alone) for tensor in node.outputs)
+    met |= {weights[id(tensor)] for tensor in keras.tree.flatten(outputs) if id(tensor) in weights}
+    return multiplied, met
+
+
+def _nodes_before(outputs: Any) -> list:
+    """The calls that make some tensors, each after those that make its inputs."""
+    ordered, seen = [], set()
+    stack = [(tensor, False) for tensor in keras.tree.flatten(outputs)]
+    while stack:
+        tensor, done = stack.pop()
+        history = getattr(tensor, "_keras_history", None)
+        if history is None or history.operation is None:
+            continue
+        node = history.operation._inbound_nodes[history.node_index]
+        if done:
+            ordered.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((tensor, True))
+            stack.extend((source, False) for source in node.input_tensors)
+    return ordered
+
+
+@contextlib.contextmanager
+def _without_traces(layer: keras.Layer) -> Iterator[None]:
+    """Let the calls that follow leave nothing behind: no nodes, and no names that are taken."""
+    nodes = [nodes for part in layer._flatten_layers() for nodes in (part._inbound_nodes, part._outbound_nodes)]
+    lengths = [len(one) for one in nodes]
+    taken = global_state.get_global_attribute("object_name_uids")
+    before = None if taken is None else dict(taken)
+    try:
+        yield
+    finally:
+        for one, length in zip(nodes, lengths):
+            del one[length:]
+        if before is not None:
+            taken.clear()
+            taken.update(before)
+
+
+@contextlib.contextmanager
+def _in_place_of_weights(layer: keras.Layer, tensors: dict[int, Any]) -> Iterator[None]:
+    """Let the attributes that hold weights, also in lists and dicts, hold tensors in their place."""
+
+    def exchanged(value):
+        if isinstance(value, (list, tuple)):
+            return [exchanged(one) for one in value]
+        if isinstance(value, dict):
+            return {key: exchanged(one) for key, one in value.items()}
+        return tensors.get(id(value), value)
+
+    # Keras' own lists of weights stay.
+    own = ("_trainable_variables", "_non_trainable_variables")
+    kept = {name: value for name, value in vars(layer).items() if name not in own and _holds(value, tensors)}
+    try:
+        # Not by `setattr`, which would let Keras track what is set.
+        vars(layer).update([(name, exchanged(value)) for name, value in kept.items()])
+        yield
+    finally:
+        vars(layer).update(kept)
+
+
+def _holds(value: Any, tensors: dict[int, Any]) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(_holds(one, tensors) for one in (value.values() if isinstance(value, dict) else value))
+    return id(value) in tensors
+
+
+@contextlib.contextmanager
+def _attribute(part: keras.Layer, name: str, value: Any) -> Iterator[None]:
+    """An attribute of one layer that hides its class'."""
+    had = name in vars(part)
+    before = vars(part).get(name)
+    vars(part)[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            vars(part)[name] = before
+        else:
+            del vars(part)[name]
+
+
+def _noting(part: keras.Layer, called: set[int]) -> Any:
+    call = part.call
+
+    def noting(*args, **kwargs):
+        called.add(id(part))
+        return call(*args, **kwargs)
+
+    return noting
