@@ -21,7 +21,6 @@ from keras_renorm.calibration import Call, Passes, Samples, observe
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
 from keras_renorm.layers.kernels import name_within
-from keras_renorm.layers.linear import linear_parts
 from keras_renorm.moments import Accumulator, InputSizes, Moments, SizeAccumulator
 from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, describe, growth
@@ -113,8 +112,8 @@ def _collect(stage: list[Site], passes: Passes, rule: Rule) -> tuple[list[Moment
         wanted = observe(run_dense, layers[0], calls)
         given = observe(run_pruned, layers[1], calls, outputs=False)
         for site, accumulator, size in zip(stage, accumulators, sizes):
-            outputs = [call.inputs if site.is_normalization else call.outputs for call in wanted if call.layer is site.dense]
-            inputs = [call.inputs for call in given if call.layer is site.pruned]
+            outputs = [site.outputs_in(call) for call in wanted if call.layer is site.dense]
+            inputs = [site.inputs_in(call) for call in given if call.layer is site.pruned]
             missing = _missing(site, wanted, given) if site.sum in sums else None
             for one_input, one_output in zip(inputs, outputs):
                 _add_in_pieces(accumulator, site, one_input, one_output, missing)
@@ -122,7 +121,7 @@ def _collect(stage: list[Site], passes: Passes, rule: Rule) -> tuple[list[Moment
                     size.add(one_input)
     return (
         [accumulator.moments(intercept=site.has_intercept) for site, accumulator in zip(stage, accumulators)],
-        [None if size is None else input_sizes(size, linear_parts(site.dense)[0]) for site, size in zip(stage, sizes)],
+        [None if size is None else input_sizes(size, site.parts[0]) for site, size in zip(stage, sizes)],
     )
 
 
@@ -187,19 +186,19 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
             new_bias = np.where(mask.any(axis=1), new_bias, 0)
     elif rule.renormalize is not None:
         fitted = kept * rule.renormalize(matrix, kept, (1,))
-    kernel = site.pruned.kernel
-    kernel.assign(site.view.to_kernel(fitted, tuple(kernel.shape)))
-    if site.pruned.bias is not None:
-        site.pruned.bias.assign(new_bias.reshape(site.pruned.bias.shape))
+    twin = site.parts[1]
+    twin.kernel.assign(site.view.to_kernel(fitted, tuple(twin.kernel.shape)))
+    if twin.bias is not None:
+        twin.bias.assign(new_bias.reshape(twin.bias.shape))
     if site.normalization is not None:
-        offset = np.zeros_like(bias) if site.pruned.bias is None else new_bias
+        offset = np.zeros_like(bias) if twin.bias is None else new_bias
         _adjust(site.normalization[1], fitted, offset, moments, moments.squares(kept, bias))
         if site.target and site.target.by_units:
             silence_normalization(site.normalization[1], ~mask.any(axis=1).reshape(-1))
     layer = site.target.layer if site.target else site.pruned
     return LayerReport(
         layer=layer.name,
-        kernel=name_within(kernel, layer),
+        kernel=name_within(twin.kernel, layer),
         weights=matrix.size,
         kept=int(np.count_nonzero(mask)),
         criterion="-" if site.target is None else describe(rule.criterion),
@@ -212,7 +211,7 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
 
 
 def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes | None, rule: Rule) -> np.ndarray:
-    shape, target = tuple(site.pruned.kernel.shape), site.target
+    shape, target = tuple(site.parts[1].kernel.shape), site.target
     if target.keep is not None:
         return site.view.to_matrix(target.keep)
     # What comes from an input that never varies can move into the bias, so its weights go first.
@@ -228,7 +227,7 @@ def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes 
 
     if isinstance(rule.criterion, CalibratedCriterion):
         return rule.criterion.select(matrix, moments if sizes is None else sizes, mask_of)
-    return mask_of(site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.dense.kernel).astype(np.float32))))
+    return mask_of(site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.parts[0].kernel).astype(np.float32))))
 
 
 def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from keras import ops
 from keras_renorm import patterns
 from keras_renorm.calibration import Call, observe
 from keras_renorm.layers.kernels import Kernel
-from keras_renorm.layers.linear import LinearView, linear_view
+from keras_renorm.layers.linear import LinearPart, LinearView, linear_parts
 
 L = keras.layers
 
@@ -52,15 +52,18 @@ class Sum:
 
 @dataclasses.dataclass
 class Site:
-    """A layer that is visited: one with a kernel, or a BatchNormalization.
+    """What is visited: a matrix product in a layer, or a BatchNormalization.
 
     Args:
         dense: the layer in the dense model.
         pruned: its twin in the model that is being pruned.
         view: how it is seen as a matrix product.
+        parts: the matrix product (dense, pruned); `None` for a BatchNormalization.
+        following: the matrix product of the dense layer that takes what this one makes; `None` if the layer gives that.
         target: how to prune it; `None` if it is only fitted.
-        first_call: when it is called first.
-        inputs: `id` of the tensor that it is called with, `None` if it is called several times.
+        first_call: when the layer is called first.
+        inputs: `id` of the tensor that the layer is called with, and which of its products this is; `None` if it is called
+            several times.
         calls: how often it is called in one run.
         normalization: the BatchNormalization (dense, pruned) that takes its very output.
         sum: the `Add` that takes its output, or that of its normalization, last of all operands.
@@ -69,9 +72,11 @@ class Site:
     dense: keras.Layer
     pruned: keras.Layer
     view: LinearView
+    parts: tuple[LinearPart, LinearPart] | None
+    following: LinearPart | None
     target: Target | None
     first_call: int
-    inputs: int | None
+    inputs: tuple[int, int] | None
     calls: int = 1
     normalization: tuple[keras.Layer, keras.Layer] | None = None
     sum: Sum | None = None
@@ -82,20 +87,32 @@ class Site:
 
     @property
     def has_intercept(self) -> bool:
-        return self.is_normalization or self.normalization is not None or self.dense.bias is not None
+        return self.is_normalization or self.normalization is not None or self.parts[0].bias is not None
 
     @property
     def matrix(self) -> np.ndarray:
         """The dense kernel, shape `(groups, inputs, units)`."""
-        return self.view.to_matrix(ops.convert_to_numpy(self.dense.kernel).astype(np.float64))
+        return self.view.to_matrix(ops.convert_to_numpy(self.parts[0].kernel).astype(np.float64))
 
     @property
     def bias(self) -> np.ndarray:
         """The dense bias or zeros, shape `(groups, units)`."""
         groups, _, units = self.view.sizes
-        if self.dense.bias is None:
+        if self.parts[0].bias is None:
             return np.zeros((groups, units))
-        return ops.convert_to_numpy(self.dense.bias).astype(np.float64).reshape(groups, units)
+        return ops.convert_to_numpy(self.parts[0].bias).astype(np.float64).reshape(groups, units)
+
+    def inputs_in(self, call: Call) -> Any:
+        """What it takes in a call of either layer."""
+        if self.is_normalization:
+            return call.inputs
+        return self.parts[0 if call.layer is self.dense else 1].feed(call.inputs)
+
+    def outputs_in(self, call: Call) -> Any:
+        """What it should make in a call of the dense layer."""
+        if self.is_normalization:
+            return call.inputs
+        return call.outputs if self.following is None else self.following.feed(call.inputs)
 
 
 def find_stages(
@@ -117,52 +134,61 @@ def find_stages(
     """
     candidates, sums = {}, {}
     for old, new in twins:
-        target = targets.get(id(getattr(new, "kernel", None)))
-        view = _view(old) if target or refit else None
-        if view is not None:
-            candidates[id(old)] = (old, new, view, target)
+        products = _products(old, new, targets, refit)
+        if products:
+            candidates[id(old)] = (old, new, products)
         elif refit and isinstance(old, L.Add):
             sums[id(old)] = (old, new)
     calls = observe(lambda: dense(batch, training=False), [old for old, *_ in [*candidates.values(), *sums.values()]])
-    sites: dict[int, Site] = {}
-    unusable = set()
+    of_layers: dict[int, list[Site]] = {}
     for index, call in enumerate(calls):
         if id(call.layer) in sums:
             continue
-        old, new, view, target = candidates[id(call.layer)]
-        if id(old) in sites:
-            sites[id(old)].calls += 1
-            sites[id(old)].inputs = None
+        old, new, products = candidates[id(call.layer)]
+        if id(old) in of_layers:
+            for site in of_layers[id(old)]:
+                site.calls += 1
+                site.inputs = None
             continue
-        site = Site(old, new, view, target, index, id(call.inputs))
-        if _is_linear(call, site):
-            sites[id(old)] = site
-        else:
-            unusable.add(id(old))
-    silent = [new.name for key, (_, new, _, target) in candidates.items() if target and key not in unusable | set(sites)]
+        made = [Site(old, new, *product, index, (id(call.inputs), place)) for place, product in enumerate(products)]
+        of_layers[id(old)] = made if all(_is_linear(call, site) for site in made) else []
+    silent = [
+        new.name
+        for key, (_, new, products) in candidates.items()
+        if key not in of_layers and any(target is not None for *_, target in products)
+    ]
     if silent:
         warnings.warn(
             f"The samples of argument `calibration` never reach layers {silent}: they are pruned without data.", stacklevel=4
         )
-    pruned = [site for site in sites.values() if site.target is not None]
+    sites = [site for made in of_layers.values() for site in made]
+    pruned = [site for site in sites if site.target is not None]
     # What comes before all that is pruned is left alone; a target that is no site may be anywhere.
     first = 0 if len(pruned) < len(targets) else pruned[0].first_call
-    usable = {key: site for key, site in sites.items() if site.first_call >= first}
+    usable = [site for site in sites if site.first_call >= first]
     makers = _join_normalizations(usable, calls)
-    joined = {id(site.normalization[0]) for site in usable.values() if site.normalization}
+    joined = {id(site.normalization[0]) for site in usable if site.normalization}
     stages: dict[Any, list[Site]] = {}
-    for key, site in usable.items():
-        if key not in joined:
+    for site in usable:
+        if id(site.dense) not in joined:
             stages.setdefault(site.inputs or -id(site), []).append(site)
     _join_sums([site for stage in stages.values() for site in stage], sums, makers, calls)
     return list(stages.values())
 
 
-def _view(layer: keras.Layer) -> LinearView | None:
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None or not layer.built:
-        return None
-    if not isinstance(layer, L.BatchNormalization):
-        return linear_view(layer)
+def _products(old: keras.Layer, new: keras.Layer, targets: dict[int, Target], refit: bool) -> list[tuple]:
+    """What to visit in a layer: views, parts, what follows them and targets, in the order in which they are computed."""
+    if getattr(old, "lora_enabled", False) or getattr(old, "quantization_mode", None) is not None or not old.built:
+        return []
+    if isinstance(old, L.BatchNormalization):
+        return [(_by_feature(old), None, None, None)] if refit else []
+    parts = list(zip(linear_parts(old), linear_parts(new)))
+    following = [part for part, _ in parts[1:]] + [None]
+    products = [(part.view, (part, twin), after, targets.get(id(twin.kernel))) for (part, twin), after in zip(parts, following)]
+    return [product for product in products if refit or product[-1] is not None]
+
+
+def _by_feature(layer: keras.layers.BatchNormalization) -> LinearView:
     features = layer.moving_mean.shape[0]
 
     def by_feature(inputs):
@@ -174,7 +200,8 @@ def _view(layer: keras.Layer) -> LinearView | None:
 def _is_linear(call: Call, site: Site) -> bool:
     """Whether the call is what the view takes it for: not inside `vmap`, nor in a subclass that computes something else."""
     try:
-        inputs, outputs = (ops.convert_to_tensor(ops.convert_to_numpy(t)[:1], "float32") for t in (call.inputs, call.outputs))
+        tensors = (site.inputs_in(call), site.outputs_in(call))
+        inputs, outputs = (ops.convert_to_tensor(ops.convert_to_numpy(tensor)[:1], "float32") for tensor in tensors)
     except Exception:
         return False
     if site.is_normalization:
@@ -188,15 +215,17 @@ def _is_linear(call: Call, site: Site) -> bool:
     return here.shape == targets.shape and np.allclose(here, targets, rtol=0.02, atol=0.02 * np.abs(targets).max(initial=0))
 
 
-def _join_normalizations(sites: dict[int, Site], calls: list[Call]) -> dict[int, Site]:
+def _join_normalizations(sites: list[Site], calls: list[Call]) -> dict[int, Site]:
     """A BatchNormalization that takes a layer's very output is adjusted along with that layer, without a pass of its own.
 
     Returns the site that makes each tensor, by the tensor's `id`; what such a normalization makes counts as the layer's.
     """
-    makers = {id(call.outputs): sites[id(call.layer)] for call in calls if id(call.layer) in sites}
+    # Of the products of a layer the last one makes its outputs.
+    by_layer = {id(site.dense): site for site in sites}
+    makers = {id(call.outputs): by_layer[id(call.layer)] for call in calls if id(call.layer) in by_layer}
     makers = {key: site for key, site in makers.items() if _output_is_linear(site.dense)}
     for call in calls:
-        before, here = makers.get(id(call.inputs)), sites.get(id(call.layer))
+        before, here = makers.get(id(call.inputs)), by_layer.get(id(call.layer))
         if before is None or here is None or before.is_normalization or not here.is_normalization:
             continue
         if before.calls == here.calls == 1 and _numbers_units(before.view, call.inputs.shape, here.dense.axis):

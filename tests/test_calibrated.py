@@ -9,7 +9,7 @@ import keras_renorm as kr
 from keras_renorm import sites
 from keras_renorm.calibration import Call
 from keras_renorm.layers.kernels import find_kernels
-from keras_renorm.layers.linear import linear_view
+from keras_renorm.layers.linear import linear_parts
 from tests.layers.cases import CASES, Scaled, model_around
 from tests.test_calibration import WAYS
 from tests.test_conversion import EVERY_MODEL, Subclassed
@@ -28,6 +28,8 @@ SERVED = {
     "Conv3DTranspose",
     "DepthwiseConv1D",
     "DepthwiseConv2D",
+    "SeparableConv1D",
+    "SeparableConv2D",
     "MultiHeadAttention",
     "a layer without build",
     "a block of layers",
@@ -74,7 +76,8 @@ def test_every_layer(name, renormalize):
     got = {row.renormalize for row in report.rows if row.layer != "head"}
     served = {"lstsq": "LeastSquares", "moments": "MatchMoments"}[renormalize]
     # Some backends run TimeDistributed as a loop, others inside `vmap`, where nothing can be seen.
-    assert got <= ({served} if name in SERVED else {"L2", "none"}) or name == "TimeDistributed"
+    # A fit of six units may be nearer before a ReLU and not behind it: the model is then pruned plainly, which is noted.
+    assert got <= ({served} if name in SERVED else {"L2", "none"}) or name == "TimeDistributed" or report.notes
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     for row in report.rows:
@@ -177,7 +180,8 @@ def test_normalization_follows_its_input_along_its_own_axis(name):
     for variable in model.variables:
         spread = generator.uniform(0.3, 2, variable.shape) if variable.name in ("moving_variance", "gamma") else None
         variable.assign(generator.standard_normal(variable.shape) if spread is None else spread)
-    samples = samples_for(model)
+    # Large means, which plain pruning loses: the fit stays, and deviations are given back.
+    samples = samples_for(model) + 2
     twins, (kernel,) = list(zip(model.layers, model.layers)), find_kernels(model.layers[0])
     targets = {id(kernel.variable): sites.Target(model.layers[0], kernel, kr.patterns.Unstructured(), 0.5)}
     (site, *others) = [site for stage in sites.find_stages(model, twins, targets, samples, refit=True) for site in stage]
@@ -499,7 +503,8 @@ def test_a_call_that_is_not_finite_is_left_to_the_check_that_names_the_layer(val
     tensors = dict(inputs=np.ones((3, 4), "float32"))
     tensors["outputs"] = ops.convert_to_numpy(layer(tensors["inputs"])).copy()
     tensors[place][0, 1] = value
-    site = sites.Site(layer, layer, linear_view(layer), None, 0, None)
+    (part,) = linear_parts(layer)
+    site = sites.Site(layer, layer, part.view, (part, part), None, None, 0, None)
     assert sites._is_linear(Call(layer, **tensors), site)
 
 

@@ -90,7 +90,10 @@ class LinearPart:
 
 
 def linear_parts(layer: keras.Layer) -> list[LinearPart]:
-    """The matrix products in a built layer (not in layers inside it); empty if it is not known to be made of them."""
+    """The matrix products in a built layer (not in layers inside it), in the order in which they are computed.
+
+    Empty if the layer is not known to be made of them.
+    """
     if isinstance(layer, (L.SeparableConv1D, L.SeparableConv2D)) and layer.built:
         return _separable_convolution(layer)
     view = linear_view(layer)
