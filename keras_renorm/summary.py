@@ -90,19 +90,20 @@ def summary(model: keras.Model) -> Summary:
     0.75
     """
     validation.check_model(model)
-    rows, notes = [], []
+    rows, notes = {}, []
     for layer in outermost_layers(model):
-        masked = [kernel for part in masked_layers(layer) for kernel in part.masked_kernels]
-        if masked:
-            parts = masked_layers(layer)
-            rows += [_masked_row(layer, part, kernel) for part in parts for kernel in part.masked_kernels]
-            continue
+        parts = masked_layers(layer)
         try:
-            rows += [_plain_row(layer, kernel) for kernel in find_kernels(layer)]
+            made = [(kernel, _masked_row(layer, part, kernel)) for part in parts for kernel in part.masked_kernels]
+            made = made or [(kernel, _plain_row(layer, kernel)) for kernel in find_kernels(layer)]
         except ValueError as error:
             notes.append(f"Not pruned: {error}.")
+            continue
+        # A kernel that several layers share counts once.
+        for kernel, row in made:
+            rows.setdefault(id(kernel.variable), row)
     idle = never_pruned(model)
-    return Summary(tuple(rows), tuple(notes + ([idle] if idle else [])))
+    return Summary(tuple(rows.values()), tuple(notes + ([idle] if idle else [])))
 
 
 def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:
