@@ -354,7 +354,8 @@ def observe(
             if not outputs and len(seen) + 1 == calls:
                 seen.append(Call(layer, inputs, None))
                 raise _Enough
-            activation = getattr(layer, "activation", None)
+            # Its own: a wrapper answers with that of the layer in it.
+            activation = vars(layer).get("activation")
             try:
                 if activation is not None:
                     object.__setattr__(layer, "activation", None)

@@ -91,23 +91,22 @@ def summary(model: keras.Model) -> Summary:
     0.75
     """
     validation.check_model(model)
-    rows, notes = [], []
+    rows, notes = {}, []
     kernels = kernels_by_layer(model)
     for layer in outermost_layers(model):
-        masked = [kernel for part in masked_layers(layer) for kernel in part.masked_kernels]
-        if masked:
-            parts = masked_layers(layer)
-            rows += [_masked_row(layer, part, kernel) for part in parts for kernel in part.masked_kernels]
-            continue
-        found = kernels[id(layer)]
-        if isinstance(found, ValueError):
+        parts, found = masked_layers(layer), kernels[id(layer)]
+        made = [(kernel, _masked_row(layer, part, kernel)) for part in parts for kernel in part.masked_kernels]
+        if not made and isinstance(found, ValueError):
             notes.append(f"Not pruned: {found}.")
             continue
-        plain = [(kernel, _plain_row(layer, kernel)) for kernel in found]
         # What is only added to inputs counts where it was pruned.
-        rows += [row for kernel, row in plain if row.sparsity or not kernel.added]
+        plain = [] if made else [(kernel, _plain_row(layer, kernel)) for kernel in found]
+        made += [(kernel, row) for kernel, row in plain if row.sparsity or not kernel.added]
+        # A kernel that several layers share counts once.
+        for kernel, row in made:
+            rows.setdefault(id(kernel.variable), row)
     missing = shortfall(model)
-    return Summary(tuple(rows), tuple(notes + ([missing] if missing else [])))
+    return Summary(tuple(rows.values()), tuple(notes + ([missing] if missing else [])))
 
 
 def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:

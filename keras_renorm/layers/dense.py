@@ -46,7 +46,7 @@ class PrunableDense(PlainSubclass, MaskedLayer, keras.layers.Dense):
         self._add_masks(self, settles=True)
 
     def call(self, inputs, training=None):
-        if len(inputs.shape) > 2:
+        if len(inputs.shape) > 2 or self._masked_kernel().is_effective:
             return self._call_masked(self, super().call, inputs, training=training)
         # One row a sample: kernels are larger than what they give, so the pass over the kernel that scales it is saved.
         kernel = self._masked_kernel()

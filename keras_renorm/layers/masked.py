@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import inspect
 import threading
@@ -21,6 +22,9 @@ from keras_renorm.layers.kernels import Kernel, find_kernels
 NEVER = -1
 _GOAL = "goal"
 
+# By `id`, the variables that hold effective kernels in the call that is under way.
+_EFFECTIVE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("effective", default=frozenset())
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedKernel(Kernel):
@@ -33,6 +37,11 @@ class MaskedKernel(Kernel):
     mask: keras.Variable
     scale: keras.Variable
     settled: keras.Variable | None = None
+
+    @property
+    def is_effective(self) -> bool:
+        """Whether the variable holds the effective kernel already, within a call of a layer around the one with the masks."""
+        return id(self.variable) in _EFFECTIVE.get()
 
     def masked(self) -> Any:
         """The kernel, zero where the mask is, without a gradient for what is masked."""
@@ -55,6 +64,8 @@ class MaskedKernel(Kernel):
 
     def effective(self) -> Any:
         """What the layer computes with: the masked kernel times the scale."""
+        if self.is_effective:
+            return _tensor(self.variable)
         kernel = self.masked()
         return kernel * ops.cast(self.scale, kernel.dtype)
 
@@ -134,7 +145,10 @@ class MaskedLayer:
             layer: where the kernels are.
             settles: whether `call` uses them by `product`, so that they can be settled.
         """
-        kernels = find_kernels(layer)
+        adopted = {id(kernel.variable) for kernel in self._adopted_kernels(layer)}
+        kernels = [kernel for kernel in find_kernels(layer) if id(kernel.variable) not in adopted]
+        if not kernels and adopted:
+            return
         if not kernels:
             raise ValueError(
                 f"Layer '{layer.name}' (of type {type(layer).__name__}) has nothing to prune: it has no kernel. A layer of "
@@ -169,7 +183,8 @@ class MaskedLayer:
 
     def _call_masked(self, layer: keras.Layer, function: Callable, *args, **kwargs) -> Any:
         """Call `function`, which reads the variables of `layer`, with the effective kernels in place of the kernels."""
-        effective = {id(kernel.variable): kernel.effective() for kernel in self.masked_kernels}
+        kernels = [*self.masked_kernels, *self._adopted_kernels(layer)]
+        effective = {id(kernel.variable): kernel.effective() for kernel in kernels}
         variables = layer.variables + layer.metrics_variables
         if len(effective.keys() & {id(variable) for variable in variables}) < len(effective):
             raise ValueError(
@@ -182,19 +197,27 @@ class MaskedLayer:
             collect_losses=True,
             initialize_variables=False,
         )
-        with scope:
-            outputs = function(*args, **kwargs)
+        outer = _EFFECTIVE.set(_EFFECTIVE.get() | effective.keys())
+        try:
+            with scope:
+                outputs = function(*args, **kwargs)
+        finally:
+            _EFFECTIVE.reset(outer)
         for variable in scope.updated:
             variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
             self.add_loss(loss)
         return outputs
 
+    def _adopted_kernels(self, layer: keras.Layer) -> list[MaskedKernel]:
+        """The kernels within `layer` whose masks belong to a prunable layer in it."""
+        return [kernel for part in masked_layers(layer) if part is not self for kernel in part.masked_kernels]
+
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in the masks."""
         kept, size = self.count_kept()
-        return 1 - kept / size
+        return 1 - kept / size if size else 0.0
 
     def count_kept(self) -> tuple[int, int]:
         """How many weights of the kernels are kept, out of how many."""

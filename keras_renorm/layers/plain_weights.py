@@ -88,7 +88,7 @@ def _resetting_masks(model: keras.Model) -> Iterator[None]:
 @contextlib.contextmanager
 def _seen_as_plain(model: keras.Model) -> Iterator[None]:
     """Let Keras find, in the place of each prunable layer, what it would find in the plain model."""
-    layers = [(layer, type(layer)) for layer in masked_layers(model)]
+    layers = [(layer, type(layer)) for layer in model._flatten_layers() if isinstance(layer, MaskedLayer)]
     views = [_wrapped_view(layer) if isinstance(layer, RenormalizedPruning) else _drop_in_view(cls) for layer, cls in layers]
     try:
         for (layer, _), view in zip(layers, views):

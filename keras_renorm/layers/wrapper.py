@@ -71,6 +71,19 @@ class RenormalizedPruning(MaskedLayer, keras.layers.Wrapper):
         )
         self.supports_masking = layer.supports_masking
 
+    def __getattr__(self, name):
+        # Only for names that the wrapper does not have. PyTorch finds layers by a `__getattr__` of its own.
+        inherited = getattr(super(), "__getattr__", None)
+        if inherited is not None:
+            try:
+                return inherited(name)
+            except AttributeError:
+                pass
+        # Private names tell Keras about the wrapper itself.
+        if name == "layer" or name.startswith("_"):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(self.layer, name)
+
     def build(self, *args, **kwargs):
         if not self.layer.built:
             build = self._call_symbolically if self._builds_by_call() else self.layer.build

@@ -56,6 +56,40 @@ class Block(keras.layers.Layer):
         return {**super().get_config(), "units": self.units}
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Tied(keras.layers.Layer):
+    """The output layer of an autoencoder: it reads the kernel of another layer, and has only a bias of its own."""
+
+    def __init__(self, source, **kwargs):
+        super().__init__(**kwargs)
+        self.source = source
+
+    def build(self, input_shape):
+        self.bias = self.add_weight(name="bias", shape=(self.source.kernel.shape[0],))
+
+    def call(self, inputs):
+        return keras.ops.matmul(inputs, keras.ops.transpose(self.source.kernel)) + self.bias
+
+    def get_config(self):
+        return {**super().get_config(), "source": keras.saving.serialize_keras_object(self.source)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "source": keras.saving.deserialize_keras_object(config["source"])})
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Calling(Tied):
+    """A layer that both calls another and reads its kernel, beside a kernel of its own."""
+
+    def build(self, input_shape):
+        self.own = self.add_weight(name="own", shape=self.source.kernel.shape)
+
+    def call(self, inputs):
+        outputs = self.source(inputs)
+        return outputs + keras.ops.matmul(inputs, self.source.kernel) + keras.ops.matmul(inputs, self.own) + self.source.bias
+
+
 def _floats(*shape):
     return np.random.default_rng(1).standard_normal(shape).astype("float32")
 

@@ -274,7 +274,7 @@ def test_a_schedule_that_the_pattern_cannot_give():
 
 
 def test_gradient_of_sparse_inputs_is_sparse(tf):
-    layer = dense([[3.0, 1.0], [1.0, 2.0], [4.0, 5.0]], renormalize=None)
+    layer = dense([[3.0, 1.0], [1.5, 2.0], [4.0, 5.0]], renormalize=None)
     layer.update_masks(1 / 6)
     layer.scale.assign([2.0, 3.0])
     with tf.GradientTape() as tape:

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -7,7 +9,8 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from tests.layers.cases import CASES, Scaled, as_arguments, model_around, model_inputs
+from keras_renorm.layers.masked import masked_layers, plain_values, sparsity_of
+from tests.layers.cases import CASES, Calling, Naming, Scaled, Tied, as_arguments, model_around, model_inputs
 
 EVERY_LAYER = pytest.mark.parametrize("name", list(CASES))
 
@@ -209,6 +212,136 @@ def test_dtype_policy_of_the_inner_layer():
     layer = kr.layers.RenormalizedPruning(keras.layers.Dense(3, dtype="mixed_bfloat16"))
     assert keras.backend.standardize_dtype(layer(np.ones((2, 4), "float32")).dtype) == "bfloat16"
     assert layer.masked_kernels[0].variable.dtype == "float32"
+
+
+def test_attributes_of_the_inner_layer_are_reachable():
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), keras.layers.Embedding(9, 4, name="emb")])
+    model = kr.to_prunable(model)
+    layer = model.get_layer("emb")
+    assert layer.embeddings is layer.layer.embeddings
+    assert layer.input_dim == 9
+    assert layer.get_config()["layer"]["config"]["output_dim"] == layer.output_dim == 4
+    # Of its own, where it has one; never private ones.
+    assert layer.weights is not layer.layer.weights
+    assert not hasattr(layer, "_embeddings")
+    with pytest.raises(AttributeError, match="has no attribute 'kernel'"):
+        layer.kernel  # noqa: B018
+    assert kr.layers.RenormalizedPruning(keras.layers.TimeDistributed(keras.layers.Dense(2))).layer.layer.units == 2
+    assert kr.layers.RenormalizedPruning(Naming()).get_prunable_weights.__self__.units == 3
+
+
+def test_attributes_of_a_layer_that_is_not_there_yet():
+    bare = kr.layers.RenormalizedPruning.__new__(kr.layers.RenormalizedPruning)
+    assert not hasattr(bare, "layer")
+    assert not hasattr(bare, "embeddings")
+
+
+def test_copies():
+    layer = kr.layers.RenormalizedPruning(keras.layers.EinsumDense("ab,bc->ac", 4))
+    model = keras.Sequential([keras.Input((3,)), layer])
+    layer.update_masks(0.5)
+    x = np.ones((2, 3), "float32")
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        np.testing.assert_array_equal(to_numpy(again(x)), to_numpy(model(x)))
+        assert again.layers[0].equation == "ab,bc->ac"
+
+
+# Layers that use a layer with masks of its own.
+
+
+def autoencoder(tied=Tied, **pruning):
+    keras.utils.set_random_seed(5)
+    inputs = keras.Input((6,))
+    encode = kr.layers.PrunableDense(4, group="unit", renormalize="l2", name="encode", **pruning)
+    return keras.Model(inputs, kr.layers.RenormalizedPruning(tied(encode, name="decode"))(encode(inputs)))
+
+
+def by_hand(model, x):
+    """What the plain autoencoder computes with the effective kernel."""
+    encode, decode = model.layers[1:]
+    kernel = to_numpy(encode.masked_kernels[0].effective())
+    return (x @ kernel + to_numpy(encode.bias)) @ kernel.T + to_numpy(decode.bias)
+
+
+DATA = np.random.default_rng(0).standard_normal((8, 6)).astype("float32")
+
+
+def test_a_tied_layer_reads_the_effective_kernel(tmp_path):
+    schedule = kr.schedules.PolynomialDecay(0.2, 0.5, begin_step=0, end_step=4, frequency=2)
+    model = autoencoder(pruning_schedule=schedule)
+    model.compile("adam", "mse", run_eagerly=True)
+    assert len(model.weights) == len(model.layers[1].weights) + 1
+    assert masked_layers(model) == [model.layers[1]]
+    model.layers[1].update_masks(1 / 3)
+    assert to_numpy(model.layers[1].scale).min() > 1
+    np.testing.assert_allclose(to_numpy(model(DATA)), by_hand(model, DATA), rtol=1e-5, atol=1e-6)
+    hidden = to_numpy(model.layers[1].kernel)[~to_numpy(model.layers[1].mask)]
+    model.fit(DATA, DATA, batch_size=2, verbose=0, callbacks=[kr.callbacks.UpdatePruning()])
+    assert sparsity_of(model) == model.layers[1].sparsity == 0.5
+    assert [row.layer for row in kr.summary(model).rows] == ["encode"]
+    np.testing.assert_allclose(to_numpy(model(DATA, training=True)), by_hand(model, DATA), rtol=1e-5, atol=1e-6)
+    assert np.isin(hidden, to_numpy(model.layers[1].kernel)).all()
+    model.save(tmp_path / "tied.keras")
+    again = keras.models.load_model(tmp_path / "tied.keras")
+    assert len(again.weights) == len(model.weights)
+    assert again.layers[2].source is again.layers[1]
+    np.testing.assert_array_equal(to_numpy(again(DATA)), to_numpy(model(DATA)))
+    again.layers[1].update_masks(2 / 3)
+    np.testing.assert_allclose(to_numpy(again(DATA)), by_hand(again, DATA), rtol=1e-5, atol=1e-6)
+
+
+APPLY = """
+import sys
+import keras, numpy as np, keras_renorm
+import tests.layers.cases
+folder = sys.argv[1]
+model = keras.models.load_model(f"{folder}/tied.keras")
+np.save(f"{folder}/y.npy", model.predict_on_batch(np.load(f"{folder}/x.npy")))
+"""
+
+
+@pytest.mark.slow
+def test_a_tied_layer_in_a_fresh_process(tmp_path):
+    model = autoencoder()
+    model.layers[1].update_masks(1 / 3)
+    model.save(tmp_path / "tied.keras")
+    np.save(tmp_path / "x.npy", DATA)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", APPLY, tmp_path], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), by_hand(model, DATA), rtol=1e-5, atol=1e-6)
+
+
+def test_plain_weights_fit_into_tied_layers(tmp_path):
+    inputs = keras.Input((6,))
+    encode = keras.layers.Dense(4)
+    plain = keras.Model(inputs, Tied(encode)(encode(inputs)))
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    for load in (lambda model: model.load_weights(tmp_path / "plain.weights.h5"), lambda m: m.set_weights(plain.get_weights())):
+        model = autoencoder()
+        model.layers[1].update_masks(1 / 3)
+        load(model)
+        np.testing.assert_allclose(to_numpy(model(DATA)), to_numpy(plain(DATA)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 2, 6)])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_scales_are_applied_once_where_the_prunable_layer_is_called(shape, wrapped):
+    x = np.random.default_rng(1).standard_normal(shape).astype("float32")
+    pruning = dict(group="unit", renormalize="l2")
+    source = kr.layers.PrunableDense(4, activation="relu", **pruning)
+    if wrapped:
+        source = kr.layers.RenormalizedPruning(keras.layers.Dense(4, activation="relu"), **pruning)
+    source(x)
+    source.update_masks(1 / 3)
+    layer = kr.layers.RenormalizedPruning(Calling(source), **pruning)
+    layer(x)
+    layer.update_masks(0.5)
+    assert [tuple(kernel.variable.shape) for kernel in layer.masked_kernels] == [(6, 4)]
+    shared, own = (to_numpy(part.masked_kernels[0].effective()) for part in (source, layer))
+    expected = np.maximum(x @ shared + to_numpy(source.bias), 0) + x @ shared + x @ own + to_numpy(source.bias)
+    np.testing.assert_allclose(to_numpy(layer(x)), expected, rtol=1e-5, atol=1e-6)
+    assert [value.shape for value in plain_values(layer)] == [(6, 4), (6, 4), (4,)]
+    # Alone it is what it was.
+    np.testing.assert_allclose(to_numpy(source(x)), np.maximum(x @ shared + to_numpy(source.bias), 0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_without_a_kernel():
