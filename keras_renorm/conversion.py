@@ -15,6 +15,7 @@ from keras_renorm.arrays import as_array, for_another
 from keras_renorm.comparing import check_same
 from keras_renorm.copying import Copier, exchange_variable, with_config
 from keras_renorm.delivery import shortfall
+from keras_renorm.graph import users_of
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
 from keras_renorm.layers.kernels import Kernel, find_kernels
 from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
@@ -78,7 +79,7 @@ def to_prunable(
         renormalize=renormalize,
         regrow=regrow,
     )
-    chosen = choose_layers(model, layers)
+    chosen, readers = _without_used_elsewhere(model, choose_layers(model, layers))
     patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
     chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
     # Checks every argument before any work is done.
@@ -87,9 +88,9 @@ def to_prunable(
         RenormalizedPruning(probe, pattern=one or "unstructured", name="checks_arguments", **pruning)
 
     def convert(layer, copier):
-        if id(layer) not in chosen:
+        if id(layer) not in chosen and id(layer) not in readers:
             return None
-        arguments = dict(pruning, pattern=patterns_of[id(layer)])
+        arguments = dict(pruning, pattern=patterns_of[id(layer)]) if id(layer) in chosen else {}
         if type(layer) in _DROP_IN:
             return remade(copier, layer, with_config(layer, _DROP_IN[type(layer)], **arguments))
         wrapper = keras.Layer.__new__(RenormalizedPruning)
@@ -108,6 +109,34 @@ def to_prunable(
     if from_zeros:
         _masks_from_zeros(converted)
     return converted
+
+
+def _without_used_elsewhere(model: keras.Model, chosen: dict[int, keras.Layer]) -> tuple[dict[int, keras.Layer], set[int]]:
+    """The layers whose masks can hold wherever their kernels are used, and the `id` of layers that read such kernels.
+
+    A layer that holds another one can be wrapped, so that it reads the masked kernel. An operation cannot, nor can a function
+    that reads the kernel from outside of it, or a layer that has the variable alone.
+    """
+    users, kernels = users_of(model), kernels_by_layer(model)
+    kept, readers, refused = {}, set(), []
+    for key, layer in chosen.items():
+        variables = [kernel.variable for kernel in kernels[key]]
+        others = {id(user): user for one in variables for user in users.get(id(one), ()) if user is not layer}
+        holding = [user for user in others.values() if isinstance(user, keras.Layer) and layer in user._flatten_layers()]
+        if len(holding) == len(others):
+            kept[key] = layer
+            readers.update(map(id, holding))
+        else:
+            names = [user.name for user in others.values() if user not in holding]
+            refused.append(f"layer '{layer.name}', whose weights {names} use as well, where a mask cannot be applied")
+    if refused and not kept:
+        raise ValueError(
+            f"Model '{model.name}' has nothing to make prunable. Left as they are: {'; '.join(refused)}. "
+            "`keras_renorm.prune(model, sparsity)` prunes it in one shot."
+        )
+    if refused:
+        warnings.warn(f"Left as they are: {'; '.join(refused)}.", stacklevel=3)
+    return kept, readers - kept.keys()
 
 
 def _tell_what_does_not_load(model: keras.Model) -> None:
@@ -207,7 +236,7 @@ def _through_wrappers(layer: keras.Layer) -> Iterator[keras.Layer]:
 
 def _plain_counterpart(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
     """A copy without masks of a prunable layer; `None` for others."""
-    if not isinstance(layer, MaskedLayer) or not layer.masked_kernels:
+    if not isinstance(layer, MaskedLayer) or not layer.built:
         return None
     if not isinstance(layer, RenormalizedPruning):
         return remade(copier, layer, with_config(layer, layer.plain_class, without=PRUNING_ARGUMENTS))

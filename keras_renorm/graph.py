@@ -115,6 +115,19 @@ def graph_of(model: keras.Model) -> Graph:
     return Graph(counted, tensors)
 
 
+def users_of(model: keras.Model) -> dict[int, list[Any]]:
+    """The layers and operations that use a layer or a variable, by its `id`, but for models, whose layers are looked at."""
+    parts = {id(part): part for part in (*model._flatten_layers(), *model.variables)}
+    graphs = [found for part in model._flatten_layers() if (found := functional_of(part)) is not None]
+    nodes = [node for graph in graphs for of_depth in graph._nodes_by_depth.values() for node in of_depth]
+    users: dict[int, list[Any]] = {}
+    for node in {id(node): node for node in nodes if not isinstance(node.operation, (keras.Sequential, Functional))}.values():
+        for key in _used_by(Call(node.operation, [], [], node), parts):
+            if all(node.operation is not known for known in users.setdefault(key, [])):
+                users[key].append(node.operation)
+    return users
+
+
 def _takes_as_they_are(within: Functional, node: Any) -> bool:
     """Whether a model gives to its layers what it is called with: it may cast, add axes, or be given masks."""
     given = node.input_tensors
