@@ -143,7 +143,10 @@ def _tell_what_does_not_load(model: keras.Model) -> None:
     names = [
         f"'{part.name}' ({type(part).__name__})"
         for part in model._flatten_layers()
-        if isinstance(part, _REBUILT) and masked_layers(part) and "layers" not in part.get_config()
+        if type(part) not in _REBUILT
+        and isinstance(part, _REBUILT)
+        and masked_layers(part)
+        and "layers" not in part.get_config()
     ]
     if names:
         warnings.warn(

@@ -157,7 +157,10 @@ class Copier:
         state = {key: value for key, value in vars(variable).items() if not callable(getattr(type(variable), key, None))}
         new = self._made(variable, _blank(variable, {key: state[key] for key in state if key not in _OF_TENSORFLOW}))
         if variable._value is not None:
+            # TensorFlow asks a variable once, when it is made, whether there will be gradients: frozen ones may thaw.
+            new._trainable = getattr(variable._value, "trainable", variable.trainable)
             new._initialize(for_another(variable))
+            new._trainable = variable.trainable
             self.replace(variable._value, new._value)
         self._todo.append(
             lambda: vars(new).update(self._values({k: vars(variable)[k] for k in ("_regularizer", "_constraint")}))

@@ -203,3 +203,10 @@ def inputs_of(name: str, samples: int = 2) -> list:
         else:
             made.append(generator.random(shape).astype(dtype))
     return made
+
+
+def small_model_of(name: str) -> keras.Model:
+    """A layer with a Dense layer behind it."""
+    shapes, dtype = input_specs(name)
+    inputs = [keras.Input(shape, dtype=dtype) for shape in shapes]
+    return keras.Model(inputs, head(call(make_layer(name), inputs), "head"))
