@@ -1,8 +1,8 @@
 """Weights of a plain model, taken by the same model with prunable layers.
 
 Keras compares `set_weights` with the number of `weights`, and finds the variables of a layer in a file by the name of its
-class. Neither asks the layers of a model whose own class is Keras', so the two methods are extended here. What Keras could
-do without it stays as it is.
+class. Neither asks the layers of a model whose own class is Keras', so the two are extended here. What Keras could do without
+it stays as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def accept_plain_weights() -> None:
     """Let `set_weights` and `load_weights` of every Keras model take plain weights where layers are prunable."""
     keras.Layer.set_weights = _extend_set_weights(keras.Layer.set_weights)
     keras.Model.load_weights = _extend_load_weights(keras.Model.load_weights)
+    keras.saving.load_weights = _extend_load_weights(keras.saving.load_weights)
 
 
 def _extend_set_weights(keras_set_weights: Callable) -> Callable:
@@ -55,12 +56,12 @@ def _extend_set_weights(keras_set_weights: Callable) -> Callable:
 
 def _extend_load_weights(keras_load_weights: Callable) -> Callable:
     @functools.wraps(keras_load_weights)
-    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
-        if not masked_layers(self) or _holds_masks(filepath):
-            keras_load_weights(self, filepath, skip_mismatch, **kwargs)
+    def load_weights(model, filepath, skip_mismatch=False, **kwargs):
+        if not masked_layers(model) or _holds_masks(filepath):
+            keras_load_weights(model, filepath, skip_mismatch, **kwargs)
             return
-        with _resetting_masks(self), _seen_as_plain(self):
-            keras_load_weights(self, filepath, skip_mismatch, **kwargs)
+        with _resetting_masks(model), _seen_as_plain(model):
+            keras_load_weights(model, filepath, skip_mismatch, **kwargs)
 
     return load_weights
 

@@ -159,16 +159,41 @@ class Subclassed(keras.Model):
         return self.second(self.first(inputs))
 
 
-def test_a_subclassed_model(tmp_path):
+def wrapped_dense(units):
+    return kr.layers.RenormalizedPruning(L.Dense(units))
+
+
+@pytest.mark.parametrize("dense", [kr.layers.PrunableDense, wrapped_dense])
+def test_a_subclassed_model(dense, tmp_path):
     x = np.random.default_rng(0).standard_normal((2, 4))
-    plain, model = Subclassed(L.Dense), Subclassed(kr.layers.PrunableDense)
+    plain, model = Subclassed(L.Dense), Subclassed(dense)
     for net in (plain, model):
         net(x)
     plain.save_weights(tmp_path / "plain.weights.h5")
-    for load in (lambda: model.load_weights(tmp_path / "plain.weights.h5"), lambda: model.set_weights(plain.get_weights())):
+    loads = [
+        lambda: model.load_weights(tmp_path / "plain.weights.h5"),
+        lambda: keras.saving.load_weights(model, tmp_path / "plain.weights.h5"),
+        lambda: model.set_weights(plain.get_weights()),
+    ]
+    for load in loads:
         model.first.update_masks(0.5)
         load()
         np.testing.assert_allclose(ops.convert_to_numpy(model(x)), ops.convert_to_numpy(plain(x)), rtol=1e-6)
+
+
+def test_plain_weights_are_not_settled(tf):
+    layer = kr.layers.PrunableDense(2)
+    layer.build((None, 2))
+    values = layer.get_weights()[:2]
+    loads = [
+        lambda: layer.set_weights(values),
+        lambda: layer.load_own_variables({str(index): value for index, value in enumerate(values)}),
+        lambda: layer.mask_zeros(),
+    ]
+    for load in loads:
+        layer.masked_kernels[0].set_settled(True)
+        load()
+        assert not bool(ops.convert_to_numpy(layer.masked_kernels[0].settled))
 
 
 def test_zeros_become_the_masks_where_asked():
