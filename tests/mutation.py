@@ -131,7 +131,7 @@ class Mutation:
         child = os.fork()
         if child:
             return os.waitpid(child, 0)[1] == 0
-        signal.alarm(self.seconds)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
         try:
             if tree is not None:
                 install(self.module, tree)
@@ -163,7 +163,7 @@ def main():
     parser.add_argument("tests", nargs="*", help="arguments for pytest; the mirrored file by default")
     parser.add_argument("--most", type=int, default=150, help="how many faults, drawn at random")
     parser.add_argument("--lines", default="1-99999", help="first-last: only faults in these lines")
-    parser.add_argument("--seconds", type=int, default=60, help="a fault that takes longer counts as seen")
+    parser.add_argument("--seconds", type=int, default=30, help="of the processor: a fault that takes longer counts as seen")
     arguments = parser.parse_args()
     path = ROOT / "keras_renorm" / f"{arguments.module}.py"
     folder, _, name = arguments.module.rpartition("/")

@@ -1,6 +1,6 @@
 """Laws over random Functional graphs: what is made of a model computes what the model computes.
 
-Ten graphs run with the suite, 500 more with `pytest -m slow`. A failure names the seed, of which `random_model` makes the graph.
+Ten graphs run with the suite, 500 more with `pytest -m slow`. A failure names the seed of its graph.
 """
 
 import keras
