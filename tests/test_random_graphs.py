@@ -66,7 +66,7 @@ class Grower:
             makes = [
                 *(L.Dense(units, activation), L.Conv1D(units, 3, padding="same", activation=activation)),
                 *(L.SeparableConv1D(units, 2, padding="same"), L.DepthwiseConv1D(2, padding="same", depth_multiplier=2)),
-                *(L.EinsumDense("abc,cd->abd", (None, units), bias_axes="d"), L.GlobalAveragePooling1D(), L.Flatten()),
+                *(L.EinsumDense("abc,cd->abd", (x.shape[1], units), bias_axes="d"), L.GlobalAveragePooling1D(), L.Flatten()),
                 *(L.LSTM(units, return_sequences=True), L.GRU(units), L.Bidirectional(L.LSTM(units))),
             ]
         else:
