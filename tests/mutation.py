@@ -131,7 +131,7 @@ class Mutation:
         child = os.fork()
         if child:
             return os.waitpid(child, 0)[1] == 0
-        signal.alarm(self.seconds)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
         try:
             if tree is not None:
                 install(self.module, tree)
@@ -160,11 +160,11 @@ class Mutation:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", help="such as masks or layers/masked")
-    parser.add_argument("tests", nargs="*", help="arguments for pytest; the mirrored file by default")
     parser.add_argument("--most", type=int, default=150, help="how many faults, drawn at random")
     parser.add_argument("--lines", default="1-99999", help="first-last: only faults in these lines")
-    parser.add_argument("--seconds", type=int, default=60, help="a fault that takes longer counts as seen")
-    arguments = parser.parse_args()
+    parser.add_argument("--seconds", type=int, default=30, help="of the processor: a fault that takes longer counts as seen")
+    # The rest is for pytest; the mirrored file by default.
+    arguments, tests = parser.parse_known_args()
     path = ROOT / "keras_renorm" / f"{arguments.module}.py"
     folder, _, name = arguments.module.rpartition("/")
     first, last = map(int, arguments.lines.split("-"))
@@ -177,8 +177,8 @@ def main():
     faults = sorted(random.Random(0).sample(faults, min(arguments.most, len(faults))))
     plugin = Mutation(path, faults, arguments.seconds)
     keras.utils.set_random_seed(0)  # imports what each process would import
-    tests = arguments.tests or [str(ROOT / "tests" / folder / f"test_{name}.py")]
-    pytest.main(["-q", "-p", "no:cacheprovider", *tests], plugins=[plugin])
+    mirrored = str(ROOT / "tests" / folder / f"test_{name}.py")
+    pytest.main(["-q", "-p", "no:cacheprovider", *(tests or [mirrored])], plugins=[plugin])
     print(f"{arguments.module}: of {len(faults)} faults {len(plugin.survivors)} are seen by no test")
 
 

@@ -86,13 +86,14 @@ def test_inputs_that_never_vary_keep_their_weights(generator):
 
 
 def test_the_ridge_is_a_share_of_the_mean_over_inputs():
-    """Of each group of its own: 0.1 of (1 + 3) / 2 and of (10 + 50) / 2."""
-    gram = np.array([[[1.0, 0.5], [0.5, 3.0]], [[10.0, 2.0], [2.0, 50.0]]])
-    cross = np.array([[[1.0], [2.0]], [[3.0], [4.0]]])
-    matrix = np.array([[[10.0], [20.0]], [[30.0], [40.0]]])
+    """Of each group of its own: 0.1 of (1 + 3) / 2, of (10 + 50) / 2 and of (0 + 0) / 2."""
+    gram = np.array([[[1.0, 0.5], [0.5, 3.0]], [[10.0, 2.0], [2.0, 50.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    cross = np.array([[[1.0], [2.0]], [[3.0], [4.0]], [[0.0], [0.0]]])
+    matrix = np.array([[[10.0], [20.0]], [[30.0], [40.0]], [[50.0], [60.0]]])
     left, right = least_squares.regularized(Moments(1, gram, cross, *[None] * 3), matrix, ridge=0.1)
-    np.testing.assert_allclose(left, [[[1.2, 0.5], [0.5, 3.2]], [[13, 2], [2, 53]]])
-    np.testing.assert_allclose(right, [[[1 + 2], [2 + 4]], [[3 + 90], [4 + 120]]])
+    np.testing.assert_allclose(left[:2], [[[1.2, 0.5], [0.5, 3.2]], [[13, 2], [2, 53]]])
+    np.testing.assert_allclose(right[:2], [[[1 + 2], [2 + 4]], [[3 + 90], [4 + 120]]])
+    np.testing.assert_allclose(np.linalg.solve(left[2], right[2]), matrix[2])
 
 
 def test_with_inputs_of_zeros_the_weights_are_what_they_were():
@@ -151,12 +152,13 @@ def test_conjugate_gradients_step_by_step():
 
 
 def test_conjugate_gradients_start_from_the_guess_and_stop_within_three_thousandths():
-    left, right = np.diag([4.0, 4.0]), np.array([[4.0, 4.0], [8.0, 8.0]])
-    start = right / 4 * (1 - np.array([2.9e-3, 3.1e-3]))
-    solution = solve_together(left, right, start)
-    np.testing.assert_allclose(solution[:, 0], start[:, 0], rtol=1e-6)
-    np.testing.assert_allclose(solution[:, 1], [1, 2], rtol=1e-6)
-    np.testing.assert_allclose(solve_together(left, right, start, tolerance=1e-3), [[1, 1], [2, 2]], rtol=1e-6)
+    left, right = np.diag([4.0, 4.0, 4.0]), np.array([[4.0, 4.0], [8.0, 8.0], [9.0, 9.0]])
+    mask = np.array([[True], [True], [False]])
+    start = right / 4 * (1 - np.array([2.95e-3, 3.05e-3]))
+    solution = solve_together(left, right, start, mask)
+    np.testing.assert_allclose(solution[:, 0], np.where(mask[:, 0], start[:, 0], 0), rtol=1e-6)
+    np.testing.assert_allclose(solution[:, 1], [1, 2, 0], rtol=1e-6)
+    np.testing.assert_allclose(solve_together(left, right, start, mask, tolerance=1e-3), [[1, 1], [2, 2], [0, 0]], rtol=1e-6)
 
 
 def test_conjugate_gradients_stop_after_two_hundred_iterations():
