@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-_SAMPLES = 2
+_SAMPLES = 1
 # Sides of inputs that a model leaves free, largest first: what is convolved and pooled has to be large enough.
 _FREE_SIDES = (32, 8, 64, 224)
 # Of the largest output. Layers that compute the same in another order differ by less.

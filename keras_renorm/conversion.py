@@ -90,9 +90,10 @@ def to_prunable(
     def convert(layer, copier):
         if id(layer) not in chosen and id(layer) not in readers:
             return None
-        arguments = dict(pruning, pattern=patterns_of[id(layer)]) if id(layer) in chosen else {}
-        if type(layer) in _DROP_IN:
-            return remade(copier, layer, with_config(layer, _DROP_IN[type(layer)], **arguments))
+        # What only reads another layer's kernel has no masks of its own.
+        arguments = dict(pruning, pattern=patterns_of.get(id(layer), "unstructured"))
+        if type(layer) in _DROP_IN and id(layer) in chosen:
+            return copier.copy_as(layer, _DROP_IN[type(layer)], lambda new: new.become_prunable(**arguments))
         wrapper = keras.Layer.__new__(RenormalizedPruning)
 
         def wrap(inner):
@@ -101,7 +102,7 @@ def to_prunable(
         def build(inner):
             wrapper.build_from_config(layer.get_build_config())
 
-        copier.copy_within(layer, wrap, build)
+        copier.copy_as(layer, type(layer), wrap, build)
         return wrapper
 
     converted, _ = copy_model(model, convert)
@@ -251,7 +252,7 @@ def _plain_counterpart(layer: keras.Layer, copier: Copier) -> keras.Layer | None
             if kernel.variable.regularizer is not None:
                 variable.regularizer = kernel.variable.regularizer.regularizer
 
-    return copier.copy_within(layer.layer, fill_in)
+    return copier.copy_as(layer.layer, type(layer.layer), fill_in)
 
 
 def remade(copier: Copier, layer: keras.Layer, new: keras.Layer) -> keras.Layer:

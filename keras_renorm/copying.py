@@ -43,6 +43,8 @@ _OF_TENSORFLOW = {
     *("_self_unconditional_deferred_dependencies", "_self_update_uid", "_self_name_based_restores"),
     "_self_saveable_object_factories",
 }
+# Methods that Keras wraps for each layer.
+_WRAPPED = ("build", "quantize")
 _OF_TRAINING = {"optimizer", "history", "stop_training", "_compile_config", "_compiled_trainable_state", "_eval_epoch_iterator"}
 
 
@@ -91,13 +93,13 @@ class Copier:
         self._check_shared()
         return result
 
-    def copy_within(self, layer: keras.Layer, *steps: Callable[[keras.Layer], None]) -> keras.Layer:
-        """The copy of a layer in whose place something else comes.
+    def copy_as(self, layer: keras.Layer, cls: type, *steps: Callable[[keras.Layer], None]) -> keras.Layer:
+        """The copy of a layer, as one of another class, for use in its own place or within what comes there.
 
         When everything is copied, the steps get it: the first step of each layer, then the second, of a layer after that of the
         layers in it.
         """
-        new = self._object(layer)
+        new = self._object(layer, cls)
         self._conversions.append((new, steps))
         return new
 
@@ -167,9 +169,9 @@ class Copier:
         )
         return new
 
-    def _object(self, value: Any) -> Any:
+    def _object(self, value: Any, cls: type | None = None) -> Any:
         """A copy of what has attributes: a layer, an operation, a metric, an optimizer, an object of a class of one's own."""
-        new = self._made(value, _blank(value, {}))
+        new = self._made(value, object.__new__(cls or type(value)))
         self._todo.append(lambda: self._fill_object(value, new))
         return new
 
@@ -182,15 +184,13 @@ class Copier:
             state = {key: item for key, item in state.items() if key not in _OF_TENSORFLOW}
             state |= self._methods(value, state)
         if isinstance(value, keras.Layer):
-            # Keras wraps them anew for each layer.
-            state = {key: item for key, item in state.items() if key not in ("build", "quantize")}
+            state = {key: item for key, item in state.items() if key not in _WRAPPED}
         if "_torch_params" in state.get("_modules", ()):
             # Keras finds the parameters of PyTorch's modules again where it needs them.
             state["_modules"] = {key: item for key, item in state["_modules"].items() if key != "_torch_params"}
         vars(new).update(self._values(state))
         if isinstance(value, keras.Layer):
-            # `RenormalizedPruning` shows the signature of another layer's.
-            vars(new.build).update({key: item for key, item in vars(value.build).items() if key == "__signature__"})
+            vars(new).update({name: _rebound(vars(value)[name], value, new) for name in _WRAPPED if name in vars(value)})
         if isinstance(value, Function):
             self._copy_calls(value, new)
         if isinstance(value, Tracker):
@@ -333,9 +333,27 @@ def _run(steps: collections.deque) -> None:
 
 def _blank(value: Any, state: dict) -> Any:
     """An object of the same class, which does not make itself anew."""
-    new = (keras.Layer if isinstance(value, keras.Layer) else object).__new__(type(value))
+    new = object.__new__(type(value))
     vars(new).update(state)
     return new
+
+
+def _rebound(function: types.FunctionType, old: Any, new: Any) -> types.FunctionType:
+    """One of the functions that Keras puts around methods of each layer, for another layer."""
+
+    def bind(held):
+        if held is old:
+            return new
+        is_method = isinstance(held, types.MethodType) and held.__self__ is old
+        return getattr(type(new), held.__name__).__get__(new) if is_method else held
+
+    cells = tuple(types.CellType(bind(cell.cell_contents)) for cell in function.__closure__ or ())
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    vars(made).update({name: bind(value) for name, value in vars(function).items()})
+    for name in ("__doc__", "__module__", "__qualname__"):
+        setattr(made, name, getattr(function, name))
+    return made
 
 
 @functools.cache
@@ -390,7 +408,7 @@ def captured_by(operation: Any, parts: Mapping[int, Any]) -> list[Any]:
         operation: a layer or an operation.
         parts: layers and variables that may be read, by `id`.
     """
-    held = [value for name, value in vars(operation).items() if name not in ("build", "quantize")]
+    held = [value for name, value in vars(operation).items() if name not in _WRAPPED]
     functions = [value for value in held if isinstance(value, (types.FunctionType, types.MethodType, functools.partial))]
     found = {key for function in (*functions, *_methods(type(operation)).values()) for key in _read_by(function, parts.keys())}
     return [parts[key] for key in found - {id(operation)}]

@@ -26,7 +26,7 @@ def _adapted(layer: keras.Layer, data: Any) -> keras.Layer:
 
 
 _RANDOM_WITH_FACTOR = (
-    *("Brightness", "ColorDegeneration", "Contrast", "Hue", "Posterization", "Rotation", "Saturation", "Sharpness", "Zoom"),
+    *("Brightness", "ColorDegeneration", "Contrast", "Hue", "Rotation", "Saturation", "Sharpness", "Zoom"),
     *("Grayscale", "Invert"),
 )
 
@@ -82,7 +82,8 @@ MAKE: dict[str, Callable[[], keras.Layer]] = {
     "Pipeline": lambda: L.Pipeline([L.Rescaling(0.5), L.RandomFlip()]),
     "RNN": lambda: L.RNN(L.LSTMCell(4)),
     **{f"Random{name}": lambda name=name: getattr(L, f"Random{name}")(0.2) for name in _RANDOM_WITH_FACTOR},
-    "RandomCrop": lambda: L.RandomCrop(4, 4),
+    "RandomPosterization": lambda: L.RandomPosterization(4),
+    "RandomTranslation": lambda: L.RandomTranslation(0.2, 0.2),
     "RepeatVector": lambda: L.RepeatVector(3),
     "Rescaling": lambda: L.Rescaling(1 / 3, 0.5),
     "Reshape": lambda: L.Reshape((2, 4)),
@@ -136,6 +137,7 @@ NOT_A_LAYER_OF_A_MODEL = {
     "SimpleRNNCell": "is called by RNN",
     "StackedRNNCells": "is called by RNN",
     "MaxNumBoundingBoxes": "takes bounding boxes only",
+    "RandomCrop": "gives another shape in inference than it says",
 }
 
 

@@ -22,6 +22,11 @@ WITHOUT_EXPORT = {
     "repair": lambda model: kr.export.repair(model),
 }
 EVERY_CLASS = pytest.mark.parametrize("name", every_layer.layer_classes())
+# Of Flatten behind Masking, and of what cannot be pruned and stays as it is.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Layer '.*' was passed an input with a mask attached:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Left as they are. layer 'spectral_normalization:UserWarning"),
+]
 
 
 def answers(model, inputs):

@@ -40,10 +40,11 @@ class PrunableDense(PlainSubclass, MaskedLayer, keras.layers.Dense):
     """
 
     plain_class = keras.layers.Dense
+    _settles = True
 
     def build(self, input_shape):
         super().build(input_shape)
-        self._add_masks(self, settles=True)
+        self._add_masks(self)
 
     def call(self, inputs, training=None):
         if len(inputs.shape) > 2 or self._masked_kernel().is_effective:

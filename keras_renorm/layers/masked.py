@@ -125,6 +125,9 @@ class MaskedLayer:
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self._set_pruning(pruning_schedule, criterion, pattern, group, renormalize, regrow)
+
+    def _set_pruning(self, pruning_schedule, criterion, pattern, group, renormalize, regrow):
         if getattr(self, "lora_rank", None):
             self.enable_lora(self.lora_rank)
         self.pruning_schedule = schedules.get(pruning_schedule)
@@ -138,13 +141,23 @@ class MaskedLayer:
         self.goal: schedules.Goal | None = None
         self._count = None
 
-    def _add_masks(self, layer: keras.Layer, settles: bool = False) -> None:
-        """Create a mask and a scale for every kernel of `layer`; to be called at the end of `build`.
+    # Whether `call` uses kernels by `product`, so that they can be settled.
+    _settles = False
+
+    def become_prunable(self, **arguments: Any) -> None:
+        """Take on masks, as a copy of a built layer of the plain class that was given this class.
 
         Args:
-            layer: where the kernels are.
-            settles: whether `call` uses them by `product`, so that they can be settled.
+            **arguments: all arguments of `__init__` here.
         """
+        # Keras lets no layer that is built have more variables.
+        self._tracker.unlock()
+        self._set_pruning(**arguments)
+        self._add_masks(self)
+        self._lock_state()
+
+    def _add_masks(self, layer: keras.Layer) -> None:
+        """Create a mask and a scale for every kernel of `layer`, where they are; to be called at the end of `build`."""
         adopted = {id(kernel.variable) for kernel in self._adopted_kernels(layer)}
         kernels = [kernel for kernel in find_kernels(layer) if id(kernel.variable) not in adopted]
         if not kernels and adopted:
@@ -171,7 +184,7 @@ class MaskedLayer:
             # Not a weight of the layer: it holds for a training that is under way. JAX would take it for a constant, and
             # PyTorch cannot compile gradients of one's own.
             settled = None
-            if settles and keras.backend.backend() == "tensorflow":
+            if self._settles and keras.backend.backend() == "tensorflow":
                 settled = keras.Variable("zeros", shape=(), dtype="bool", trainable=False, name=f"{prefix}settled")
             masked.append(MaskedKernel(kernel.variable, kernel.input_axes, mask, scale, settled))
             if kernel.variable.regularizer is not None:
