@@ -137,7 +137,7 @@ class UpdatePruning(keras.callbacks.Callback):
             )
         self._layers = [(layer, layer.pruning_schedule or self.pruning_schedule) for layer in layers]
         for layer, schedule in self._layers:
-            layer.pattern.check(getattr(schedule, "max_sparsity", 0.0), layer.group)
+            _check_reachable(layer, getattr(schedule, "max_sparsity", 0.0))
         self._trained = None
 
     def _begin(self) -> None:
@@ -215,3 +215,13 @@ class UpdatePruning(keras.callbacks.Callback):
     def _log(self, logs: dict | None) -> None:
         if logs is not None:
             logs["sparsity"] = self.sparsity
+
+
+def _check_reachable(layer: MaskedLayer, sparsity: float) -> None:
+    try:
+        layer.pattern.check(sparsity, layer.group)
+    except ValueError as error:
+        raise ValueError(
+            f"Layer '{layer.name}' cannot follow its schedule: {error} A layer may have a schedule of its own: "
+            f"`model.get_layer({layer.name!r}).pruning_schedule = keras_renorm.schedules...`."
+        ) from error
