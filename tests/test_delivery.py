@@ -55,8 +55,8 @@ def test_weights_of_an_earlier_epoch():
     assert said(record) == [note]
     # A quarter of .75, that is 24 of 128 weights and 3 of 16.
     assert note == (
-        "Sparsity 0.75 was asked of layers ['a', 'b'], and 0.1875 is there: the weights of step 4 were restored, and the last "
-        "event of the schedule came or comes at step 16; choose the best among later epochs only, by `EarlyStopping(..., "
+        "Sparsity 0.75 was asked of layers ['a', 'b'], and 0.1875 is there: the weights of step 4 were restored, and the "
+        "schedule gets there at step 16; choose the best among later epochs only, by `EarlyStopping(..., "
         "start_from_epoch=...)`, or by a second `fit` with the callbacks that choose."
     )
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_from_before_the_end(tmp_path):
     assert kr.summary(model).notes == ()
     # The schedule is the callback's, and yet the file knows what it asked for.
     note = shown(keras.models.load_model(path))
-    assert "0.375 is there: these are the weights of step 4, and the last event of the schedule comes at step 8" in note
+    assert "0.375 is there: these are the weights of step 4, and the schedule gets there at step 8" in note
     model.load_weights(path)
     assert "the weights of step 4 were restored" in shown(model)
 
@@ -80,7 +80,7 @@ def test_a_schedule_that_ends_beyond_training():
     # Not again, as more trainings may come.
     fit(model, schedule, epochs=2, initial_epoch=1)
     assert len(said(record)) == 1
-    assert "0.375 is there: these are the weights of step 8, and the last event" in shown(model)
+    assert "0.375 is there: these are the weights of step 8, and the schedule" in shown(model)
     fit(model, schedule, epochs=4, initial_epoch=2)
     assert kr.summary(model).notes == ()
     assert kr.summary(model).sparsity == 0.75
@@ -88,7 +88,9 @@ def test_a_schedule_that_ends_beyond_training():
 
 def test_an_event_that_is_still_to_come():
     model = make()
-    with pytest.warns(UserWarning, match="Sparsity 0.5 .* 0 is there: these are the weights of step 4.* comes at step 100;"):
+    with pytest.warns(
+        UserWarning, match="Sparsity 0.5 .* 0 is there: these are the weights of step 4.* gets there at step 100;"
+    ):
         fit(model, kr.schedules.ConstantSparsity(0.5, 100), epochs=1)
 
 
@@ -123,6 +125,13 @@ def test_a_second_schedule_whose_steps_are_over():
     assert kr.summary(model).notes == ()
 
 
+def test_a_second_constant_sparsity_has_events_to_come():
+    model = make()
+    fit(model, HALF)
+    fit(model, kr.schedules.ConstantSparsity(0.75, 0, frequency=12))
+    assert kr.summary(model).sparsity == 0.75
+
+
 def test_training_on_with_a_schedule_that_is_over():
     model, schedule = make(), Decay(0.0, 0.75, 0, 4, frequency=2)
     fit(model, schedule)
@@ -139,6 +148,13 @@ def test_what_a_pattern_cannot_give():
 
 
 HALF = kr.schedules.ConstantSparsity(0.5, 0)
+
+
+def test_masks_that_were_changed():
+    model = make()
+    fit(model, HALF)
+    model.get_layer("a").mask.assign(np.ones((8, 16), bool))
+    assert "layer 'a', and 0 is there: the last event came at step 0, and the masks were changed; prune again" in shown(model)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block", "unit", "n_of_m"])
