@@ -13,13 +13,14 @@ from keras_renorm.arrays import as_array
 from keras_renorm.layers.masked import NEVER, MaskedLayer, masked_layers
 
 # Reasons, in the order in which one is named if layers have several.
-NEVER_RAN, PAST, RESTORED, UNFINISHED, UNALIGNED, LIMIT = REASONS = (
+NEVER_RAN, PAST, RESTORED, UNFINISHED, UNALIGNED, LIMIT, CHANGED = REASONS = (
     "no event ever ran",
     "the events lie before this training",
     "earlier weights were restored",
     "the events lie beyond this training",
     "the last event comes before the end of the schedule",
     "the pattern gives no more",
+    "masks were changed",
 )
 _told: weakref.WeakKeyDictionary[keras.Model, set[str]] = weakref.WeakKeyDictionary()
 
@@ -69,7 +70,9 @@ def _reason(layer: MaskedLayer) -> str | None:
         return PAST
     if step < goal.last_event:
         return RESTORED if layer.was_restored else UNFINISHED
-    return UNALIGNED if _reaches(layer, goal.sparsity_at_last_event) else LIMIT
+    if _reaches(layer, goal.sparsity_at_last_event):
+        return UNALIGNED
+    return LIMIT if _is_all_that_is_possible(layer, goal.sparsity) else CHANGED
 
 
 def _reaches(layer: MaskedLayer, sparsity: float) -> bool:
@@ -78,6 +81,17 @@ def _reaches(layer: MaskedLayer, sparsity: float) -> bool:
         masks.removes_enough(as_array(kernel.mask), sparsity, layer.pattern, layer.group, kernel.input_axes)
         for kernel in layer.masked_kernels
     )
+
+
+def _is_all_that_is_possible(layer: MaskedLayer, sparsity: float) -> bool:
+    """Whether an event with any scores would leave as many weights as are left."""
+    for kernel in layer.masked_kernels:
+        mask = as_array(kernel.mask)
+        scores = np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
+        possible = masks.compute_mask(scores, sparsity, layer.pattern, layer.group, kernel.input_axes)
+        if np.count_nonzero(mask) > np.count_nonzero(possible):
+            return False
+    return True
 
 
 def _sentence(reason: str, layers: list[MaskedLayer]) -> str:
@@ -100,13 +114,12 @@ def _sentence(reason: str, layers: list[MaskedLayer]) -> str:
             f"steps count from the model's first training on, so add {goal.began} to `begin_step` and `end_step`",
         ),
         RESTORED: (
-            f"the weights of step {step} were restored, and the last event of the schedule came or comes at step "
-            f"{goal.last_event}",
+            f"the weights of step {step} were restored, and the schedule gets there at step {goal.last_event}",
             "choose the best among later epochs only, by `EarlyStopping(..., start_from_epoch=...)`, or by a second `fit` with "
             "the callbacks that choose",
         ),
         UNFINISHED: (
-            f"these are the weights of step {step}, and the last event of the schedule comes at step {goal.last_event}",
+            f"these are the weights of step {step}, and the schedule gets there at step {goal.last_event}",
             "train on with `UpdatePruning`, let the schedule end earlier, or save the best of later epochs only",
         ),
         UNALIGNED: (
@@ -114,8 +127,12 @@ def _sentence(reason: str, layers: list[MaskedLayer]) -> str:
             "choose a `frequency` that divides `end_step - begin_step`",
         ),
         LIMIT: (
-            f"{layers[0].pattern!r} removes no more of kernels of these shapes, or masks have changed since the last event",
+            f"{layers[0].pattern!r} removes no more of kernels of these shapes",
             "pass another pattern, or ask for less",
+        ),
+        CHANGED: (
+            f"the last event came at step {goal.last_event}, and the masks were changed",
+            "prune again, by `update_masks` of these layers or by `keras_renorm.prune`",
         ),
     }[reason]
     return f"Sparsity {asked:.4g} was asked of {_list(names)}, and {there:.4g} is there: {why}; {remedy}."

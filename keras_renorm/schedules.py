@@ -135,26 +135,31 @@ class Goal:
 
     Args:
         sparsity: what is to be there in the end.
-        last_event: the step by which all events have run that raise the sparsity.
+        last_event: the step of the event that raises the sparsity for the last time.
         sparsity_at_last_event: what that event prunes to, less than `sparsity` if `end_step` is not an event.
         end_step: the step for which the schedule names `sparsity`.
-        began: the step at which the training began that follows the schedule.
+        began: the step at which the training began that follows the schedule; -1 before the first.
     """
 
     sparsity: float
     last_event: int
     sparsity_at_last_event: float
     end_step: int
-    began: int = 0
+    began: int = -1
 
 
-def goal_of(schedule: Any, began: int = 0) -> Goal | None:
+def goal_of(schedule: Any, began: int = -1) -> Goal | None:
     """The goal of a schedule; `None` for one that does not say where it ends."""
-    if isinstance(schedule, ConstantSparsity):
-        return Goal(schedule.target_sparsity, schedule.begin_step, schedule.target_sparsity, schedule.begin_step, began)
-    if not isinstance(schedule, PruningSchedule) or schedule.end_step < 0:
+    constant = isinstance(schedule, ConstantSparsity)
+    if not isinstance(schedule, PruningSchedule) or (schedule.end_step < 0 and not constant):
         return None
-    end, last = schedule.end_step, schedule.end_step - (schedule.end_step - schedule.begin_step) % schedule.frequency
+    begin, end, every = schedule.begin_step, schedule.end_step, schedule.frequency
+    if constant:
+        # Any event does: the first of this training, if there is one.
+        first = begin + max(0, (began - begin) // every + 1) * every
+        end = last = first if end < 0 or first <= end else end - (end - begin) % every
+    else:
+        last = end - (end - begin) % every
     return Goal(evaluate(schedule, end)[1], last, evaluate(schedule, last)[1], end, began)
 
 

@@ -242,3 +242,17 @@ def test_evaluate_gives_python_values(tfmot):
     assert should_prune is True
     assert type(sparsity) is float
     assert np.isclose(sparsity, 0.5)
+
+
+def test_goals():
+    constant, decay = schedules.ConstantSparsity, schedules.PolynomialDecay
+    goal_of = schedules.goal_of
+    assert goal_of(constant(0.5, 7)) == schedules.Goal(0.5, 7, 0.5, 7, -1)
+    # Events at 7, 17 and so on, of which one is to come.
+    assert goal_of(constant(0.5, 7, frequency=10), began=17).last_event == 27
+    assert goal_of(constant(0.5, 7, frequency=10), began=16).last_event == 17
+    assert goal_of(constant(0.5, 7, end_step=20, frequency=10), began=17).last_event == 17
+    assert goal_of(decay(0.0, 0.8, 0, 8, power=1, frequency=4), 3) == schedules.Goal(0.8, 8, 0.8, 8, 3)
+    assert goal_of(decay(0.0, 0.8, 0, 10, power=1, frequency=4)) == schedules.Goal(0.8, 8, pytest.approx(0.64), 10, -1)
+    assert goal_of(lambda step: (True, 0.5)) is None
+    assert goal_of(None) is None

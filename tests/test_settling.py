@@ -235,15 +235,13 @@ def test_what_other_callbacks_do_in_an_epoch_counts(what):
             if batch != 15:
                 return
             layer = self.model.layers[0]
-            assert bool(layer.masked_kernels[0].settled)
+            assert is_settled(self.model)
             if what == "kernel":
                 layer.kernel.assign_add(np.full((6, 8), 5.0))
             elif what == "mask":
                 layer.mask.assign(np.zeros((6, 8), bool))
             elif what == "weights":
-                self.model.set_weights(
-                    [np.where(value == 0, 5, value).astype(value.dtype) for value in self.model.get_weights()]
-                )
+                self.model.set_weights([value if value.dtype == bool else value + 5 for value in self.model.get_weights()])
             else:
                 self.model.optimizer = keras.optimizers.Muon()
 

@@ -22,6 +22,9 @@ class UpdatePruning(keras.callbacks.Callback):
     the model, so that training goes on where it stopped. After an event the logs hold `sparsity`, the fraction of zeros over
     all prunable weights: the progress bar, `History` and TensorBoard show it (put this callback before TensorBoard).
 
+    Steps count from the model's first training on. If a training ends with less than a schedule asks for, or begins when all
+    its events are over, a warning says how much is missing, why, and what to do, once for a model.
+
     Args:
         pruning_schedule: the schedule of the layers that have none of their own: one of `keras_renorm.schedules`, one of
             tfmot, or a callable `step -> (should_prune, sparsity)`.
@@ -137,7 +140,7 @@ class UpdatePruning(keras.callbacks.Callback):
             )
         self._layers = [(layer, layer.pruning_schedule or self.pruning_schedule) for layer in layers]
         for layer, schedule in self._layers:
-            layer.pattern.check(getattr(schedule, "max_sparsity", 0.0), layer.group)
+            _check_reachable(layer, getattr(schedule, "max_sparsity", 0.0))
         self._trained = None
 
     def _begin(self) -> None:
@@ -192,6 +195,8 @@ class UpdatePruning(keras.callbacks.Callback):
                     if schedules.goal_of(schedule) is None:
                         # All that is known of its end is where it has come so far.
                         layer.goal = schedules.Goal(sparsity, step, sparsity, step)
+        for layer, _ in self._layers:
+            _check_reachable(layer, due.get(id(layer), 0.0))
         self._trained += batches
         changed = update_masks(self.model, due) if due else False
         if changed:
@@ -215,3 +220,13 @@ class UpdatePruning(keras.callbacks.Callback):
     def _log(self, logs: dict | None) -> None:
         if logs is not None:
             logs["sparsity"] = self.sparsity
+
+
+def _check_reachable(layer: MaskedLayer, sparsity: float) -> None:
+    try:
+        layer.pattern.check(sparsity, layer.group)
+    except ValueError as error:
+        raise ValueError(
+            f"Layer '{layer.name}' cannot follow its schedule: {error} A layer may have a schedule of its own: "
+            f"`model.get_layer({layer.name!r}).pruning_schedule = keras_renorm.schedules...`."
+        ) from error

@@ -16,7 +16,7 @@ from keras import ops
 from keras_renorm import allocation as allocations
 from keras_renorm import criteria, rounds, validation
 from keras_renorm.calibration import Samples
-from keras_renorm.conversion import copy_model, plain_copy, strip, to_prunable
+from keras_renorm.conversion import copy_model, plain_copy, to_prunable
 from keras_renorm.criteria.base import CalibratedCriterion, score
 from keras_renorm.layers.masked import masked_layers, sparsity_of
 from keras_renorm.masking import update_masks
@@ -175,7 +175,7 @@ def prune_iteratively(
             return {}
 
         state = rounds.run_rounds(pruned, prune, plan, directory, settings)
-    return IterativePruning(strip(pruned), tuple(state.history), metric, state.floor)
+    return IterativePruning(plain_copy(pruned)[0], tuple(state.history), metric, state.floor)
 
 
 def _scores(model: keras.Model) -> dict[int, np.ndarray]:

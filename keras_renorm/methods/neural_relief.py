@@ -15,7 +15,7 @@ from keras import ops
 from keras_renorm import rounds as loop
 from keras_renorm import validation
 from keras_renorm.calibration import Samples
-from keras_renorm.conversion import copy_model, plain_copy, plain_variables, strip, to_prunable
+from keras_renorm.conversion import copy_model, plain_copy, plain_variables, to_prunable
 from keras_renorm.criteria import Activity
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.masking import assign_masks, remove_unread_units
@@ -195,7 +195,7 @@ def neural_relief(
             return details
 
         state = loop.run_rounds(pruned, prune, plan, directory, settings, first, reset_optimizer=True)
-    return NeuralRelief(strip(pruned), tuple(state.history), metric, state.floor)
+    return NeuralRelief(plain_copy(pruned)[0], tuple(state.history), metric, state.floor)
 
 
 def _see(model: keras.Model, samples: Samples) -> dict[int, Seen]:

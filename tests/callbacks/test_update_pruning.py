@@ -8,6 +8,9 @@ import pytest
 import keras_renorm as kr
 from keras_renorm.layers.masked import masked_layers
 
+# Many trainings here end before their schedule does.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparsity .* was asked of")
+
 X = np.random.default_rng(0).standard_normal((32, 6)).astype("float32")
 Y = np.ones((32, 1), "float32")
 # Events at 0, 3, 6 and 9.
@@ -247,6 +250,23 @@ def test_no_schedule():
         fit(make(), kr.callbacks.UpdatePruning())
 
 
+@pytest.mark.parametrize(
+    "schedule", [kr.schedules.ConstantSparsity(0.8, 0), lambda step: (True, 0.8)], ids=["known", "unknown"]
+)
+def test_a_pattern_that_cannot_follow_the_schedule(schedule):
+    layers = [kr.layers.PrunableDense(8, pattern=kr.patterns.NOfM(2, 4), name="a"), kr.layers.PrunableDense(1, name="b")]
+    model = keras.Sequential([keras.Input((8,)), *layers])
+    model.compile("adam", "mse")
+    pruning = kr.callbacks.UpdatePruning(schedule)
+    with pytest.raises(ValueError, match=r"Layer 'a' cannot follow its schedule: .* 50% .* sparsity=0.8.*get_layer\('a'\)"):
+        model.fit(X[:, :1].repeat(8, 1), Y, verbose=0, callbacks=[pruning])
+    assert all(mask.all() for mask in masks_of(model))
+    # As in `prune` with a dict: a layer of its own sparsity.
+    model.get_layer("a").pruning_schedule = kr.schedules.ConstantSparsity(0.5, 0)
+    model.fit(X[:, :1].repeat(8, 1), Y, verbose=0, callbacks=[pruning])
+    assert [layer.sparsity for layer in masked_layers(model)] == [0.5, 0.75]
+
+
 def test_not_a_schedule():
     with pytest.raises(ValueError, match="`pruning_schedule` must be a schedule"):
         kr.callbacks.UpdatePruning(0.5)
@@ -265,7 +285,7 @@ def test_less_than_one_event_is_noticed():
     schedule = kr.schedules.ConstantSparsity(0.5, begin_step=1000)
     model = make(schedule)
     fit(model, kr.callbacks.UpdatePruning(schedule), epochs=1)
-    with pytest.warns(UserWarning, match="No pruning event ever ran.*stopped after 4 steps"):
+    with pytest.warns(UserWarning, match="0 is there: these are the weights of step 4, .* at step 1000"):
         kr.strip(model)
 
 
