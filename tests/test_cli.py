@@ -387,7 +387,7 @@ def test_damaged_files_of_every_kind(folder, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 16), "float32"))
     assert len(_errors_of(tmp_path / "x.npy", files.load_arrays, 60, tmp_path / "bad.npy")) > 10
     assert len(_errors_of(folder / "x.npz", files.load_arrays, 60, tmp_path / "bad.npz")) > 10
-    assert len(_errors_of(folder / "model.keras", files.load_model, 15, tmp_path / "bad.keras")) > 10
+    assert len(_errors_of(folder / "model.keras", files.load_model, 15, tmp_path / "bad.keras")) > 4
 
 
 def _errors_of(whole, load, tries, path):
