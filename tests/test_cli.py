@@ -206,7 +206,7 @@ def test_latencies_are_those_of_the_samples_sizes(run, tmp_path, monkeypatch):
     x = L.GlobalAveragePooling2D()(L.Conv2D(4, 3, padding="same")(inputs))
     model = keras.Model(inputs, L.Dense(2)(x))
     model.save(tmp_path / "free.keras")
-    model.export(tmp_path / "free.tflite", format="litert", verbose=False)
+    model.export(str(tmp_path / "free.tflite"), format="litert", verbose=False)
     np.savez(tmp_path / "images.npz", x=np.zeros((5, 24, 20, 3), "float32"))
     timed = []
     monkeypatch.setattr(compare, "Inference", lambda *arguments: timed.append(Inference(*arguments)) or timed[-1])

@@ -46,7 +46,7 @@ def any_size(tmp_path_factory):
     """A file that takes images of any size, but not of 1x1."""
     path = tmp_path_factory.mktemp("free") / "free.tflite"
     layers = [L.Conv2D(4, 3), L.MaxPooling2D(), L.Conv2D(4, 3), L.GlobalAveragePooling2D(), L.Dense(3)]
-    keras.Sequential([keras.Input((None, None, 3), name="images"), *layers]).export(path, format="litert", verbose=False)
+    keras.Sequential([keras.Input((None, None, 3), name="images"), *layers]).export(str(path), format="litert", verbose=False)
     return path
 
 
