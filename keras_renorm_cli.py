@@ -103,8 +103,9 @@ examples:
       on samples; with labels `y`, the accuracy of both
   keras-renorm compare dense.tflite pruned.tflite --threads 4
 
-Latencies are taken in turns, of one sample: a .tflite in LiteRT, a .keras with
-`model.predict_on_batch`, which says little of what a phone would take.
+Latencies are taken in turns, of one sample (the first of --data, in its size):
+a .tflite in LiteRT, a .keras with `model.predict_on_batch`, which says little
+of what a phone would take.
 """
 
 
@@ -490,12 +491,10 @@ def _show_warning(message: Any, category: type, *_: Any) -> None:
 
 
 def _with_file(text: str, arguments: argparse.Namespace) -> str:
-    """An error that names a file: the one whose argument it is about, or the first."""
-    paths = {name: value for name, value in vars(arguments).items() if isinstance(value, pathlib.Path)}
-    if text.startswith("--") or any(str(path) in text for path in paths.values()):
-        return text
-    about = [path for name, path in paths.items() if f"`{name}`" in text]
-    return f"'{[*about, *paths.values()][0]}': {text}"
+    """An error that names a file: the one whose option it is about, else the first."""
+    paths = {name: str(value) for name, value in vars(arguments).items() if isinstance(value, pathlib.Path)}
+    about = [path for name, path in paths.items() if f"`{name}`" in text] or list(paths.values())
+    return text if text.startswith("--") or any(path in text for path in about) else f"'{about[0]}': {text}"
 
 
 def _in_one_line(error: Any) -> str:

@@ -1,4 +1,4 @@
-import importlib
+import importlib.metadata
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -6,6 +6,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import pytest
+
+
+def pytest_report_header():
+    """The releases that a result is about."""
+    names = ("keras", "numpy", "tensorflow", "ai-edge-litert", "tensorflow-model-optimization", "jax", "torch")
+    there = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    return "with " + ", ".join(f"{name} {there[name]}" for name in names if name in there)
 
 
 def pytest_collection_modifyitems(items):

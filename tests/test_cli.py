@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tokenize
 import warnings
 import zipfile
 
@@ -16,8 +17,9 @@ import pytest
 import keras_renorm as kr
 import keras_renorm_cli as cli
 from keras_renorm import allocation, criteria, masks, patterns, renorm, targets
-from keras_renorm.cli import report
+from keras_renorm.cli import compare, files, report
 from keras_renorm.export import storage, tflite, verification
+from keras_renorm.export.benchmark import Inference
 
 L = keras.layers
 on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="export needs TensorFlow")
@@ -190,6 +192,38 @@ def test_several_inputs_come_by_their_names(run, tmp_path, generator):
     assert "take different inputs" in run("compare model.keras @two.keras")[2]
 
 
+def test_inputs_that_are_a_dict_come_by_its_keys(run, tmp_path, generator):
+    """Samples are handed on in the structure that the model takes; Keras warns of another one."""
+    inputs = {"words": keras.Input((4,), name="words"), "mask": keras.Input((6,), name="mask")}
+    model = keras.Model(inputs, L.Dense(2, name="out")(L.Concatenate()([inputs["words"], inputs["mask"]])))
+    model.save(tmp_path / "dict.keras")
+    np.savez(tmp_path / "dict.npz", words=generator.standard_normal((30, 4)), mask=generator.standard_normal((30, 6)))
+    status, _, err = run("prune @dict.keras --sparsity 0.5 --calibration @dict.npz --criterion activation -o @out.keras")
+    assert (status, err) == (0, "")
+    told = json.loads(run("compare @dict.keras @dict.keras --data @dict.npz --runs 1 --json")[1])
+    assert (told["difference"], told["samples"], told["shapes"]) == (0.0, 30, "1x6, 1x4")
+    assert "['mask', 'words']. It holds ['x']" in run("compare @dict.keras @dict.keras --data x.npz")[2]
+    if keras.backend.backend() == "tensorflow":
+        assert run("export @dict.keras --samples @dict.npz -o @d.tflite")[0] == 0
+
+
+@on_tensorflow
+def test_latencies_are_those_of_the_samples_sizes(run, tmp_path, monkeypatch):
+    inputs = keras.Input((None, None, 3))
+    x = L.GlobalAveragePooling2D()(L.Conv2D(4, 3, padding="same")(inputs))
+    model = keras.Model(inputs, L.Dense(2)(x))
+    model.save(tmp_path / "free.keras")
+    model.export(str(tmp_path / "free.tflite"), format="litert", verbose=False)
+    np.savez(tmp_path / "images.npz", x=np.zeros((5, 24, 20, 3), "float32"))
+    timed = []
+    monkeypatch.setattr(compare, "Inference", lambda *arguments: timed.append(Inference(*arguments)) or timed[-1])
+    status, out, _ = run("compare @free.keras @free.tflite --data @images.npz --runs 2")
+    assert status == 0
+    assert "inferences of one sample (1x24x20x3), in turns" in out
+    run("compare @free.tflite @free.keras --runs 2")
+    assert [one.shapes for one in timed] == [((1, 24, 20, 3),), ((1, 32, 32, 3),)]
+
+
 @pytest.mark.parametrize(
     ("outputs", "labels", "accuracy"),
     [
@@ -287,11 +321,19 @@ def _without(name):
 
 
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
-def test_code_in_a_file_is_not_run(run, tmp_path):
-    keras.Sequential([keras.Input((4,)), L.Lambda(lambda x: 2 * x), L.Dense(2)]).save(tmp_path / "code.keras")
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_in_a_file_is_not_run(nested, run, tmp_path):
+    """What is told is the layer, not that Functional is a class of somebody's own."""
+    double = L.Lambda(lambda x: 2 * x, name="double")
+    inputs = keras.Input((4,))
+    inner = keras.Sequential([keras.Input((4,)), double], name="inner") if nested else double
+    keras.Model(inputs, L.Dense(2)(inner(inputs))).save(tmp_path / "code.keras")
     status, _, err = run("report @code.keras")
     assert status == 1
-    assert "holds Python code" in err
+    assert (
+        "code.keras' cannot be loaded. It holds Python code, which is not run: the function in layer 'double' (Lambda)" in err
+    )
+    assert "pass `--import MODULE`; or, if you trust the file" in err
 
 
 BAD_SAMPLES = {
@@ -301,6 +343,8 @@ BAD_SAMPLES = {
     "none": (dict(x=np.zeros((0, 16))), "gave no samples"),
     "nan": (dict(x=np.full((9, 16), np.nan)), "holds NaN or infinity"),
     "strings": (dict(x=np.full((9, 16), "a")), "must hold numbers"),
+    "a single value": (dict(x=3.0), "It holds a single value as `x`: leave it out"),
+    "nothing": (dict(), "must hold `x`. It holds []"),
 }
 
 
@@ -311,6 +355,7 @@ def test_samples_that_cannot_be_used(name, run, tmp_path):
     status, out, err = run("prune model.keras --sparsity 0.5 --calibration @bad.npz -o @out.keras")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
+    assert str(tmp_path / "bad.npz") in err
     assert os.listdir(tmp_path) == ["bad.npz"]
 
 
@@ -324,10 +369,80 @@ def test_labels_and_files_that_cannot_be_used(run, folder, tmp_path):
     for labels, message in wrong:
         np.savez(tmp_path / "bad.npz", x=x, y=labels)
         assert message in run("compare model.keras pruned.keras --data @bad.npz --runs 1")[2]
+    np.savez(tmp_path / "bad.npz", x=x, y=3)
+    assert "bad.npz' must hold arrays whose first" in run("compare model.keras pruned.keras --data @bad.npz --runs 1")[2]
     (tmp_path / "cut.npz").write_bytes((folder / "x.npz").read_bytes()[:500])
     assert "cannot be read as NumPy's arrays" in run("compare model.keras pruned.keras --data @cut.npz")[2]
     np.save(tmp_path / "x.npy", x)
     assert run("compare model.keras pruned.keras --data @x.npy --runs 1")[0] == 0
+
+
+@pytest.mark.parametrize("error", [tokenize.TokenError("EOF in multi-line"), IndexError("list index out of range"), EOFError()])
+def test_whatever_reading_samples_raises(error, run, folder, monkeypatch):
+    def load(*arguments, **more):
+        raise error
+
+    monkeypatch.setattr(np, "load", load)
+    status, _, err = run("compare model.keras pruned.keras --data x.npz")
+    assert status == 1
+    assert err.startswith("keras-renorm: error: 'x.npz' cannot be read as NumPy's arrays: ")
+    assert err.endswith(". Copy it again, or write it with `np.savez`.\n")
+
+
+def test_damaged_files_of_every_kind(folder, tmp_path):
+    """Flipped bits and lost ends: a whole file, or an error that names it."""
+    np.save(tmp_path / "x.npy", np.zeros((4, 16), "float32"))
+    assert len(_errors_of(tmp_path / "x.npy", files.load_arrays, 60, tmp_path / "bad.npy")) > 10
+    assert len(_errors_of(folder / "x.npz", files.load_arrays, 60, tmp_path / "bad.npz")) > 10
+    assert len(_errors_of(folder / "model.keras", files.load_model, 15, tmp_path / "bad.keras")) > 4
+
+
+def _errors_of(whole, load, tries, path):
+    generator, errors = np.random.default_rng(0), []
+    for _ in range(tries):
+        data = bytearray(whole.read_bytes())
+        # Where it stands how to read the rest.
+        ends = np.r_[: min(200, len(data)), max(0, len(data) - 200) : len(data)]
+        data[generator.choice(ends)] ^= 1 << generator.integers(8)
+        path.write_bytes(data[: generator.integers(len(data))] if generator.random() < 0.3 else data)
+        try:
+            load(path)
+        except ValueError as error:
+            errors.append(str(error))
+    assert all(str(path) in error for error in errors)
+    return errors
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes in the file system")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "report @pipe.keras",
+        "report @pipe.tflite",
+        "prune @pipe.keras --sparsity 0.5 -o @out.keras",
+        "prune model.keras --sparsity 0.5 -o @pipe.keras --force",
+        "prune model.keras --sparsity 0.5 --calibration @pipe.npz -o @out.keras",
+        "export @pipe.keras -o @out.tflite",
+        "export model.keras --samples @pipe.npy -o @out.tflite",
+        "export model.keras --quantize int8 --representative-data @pipe.npz -o @out.tflite",
+        "compare @pipe.keras model.keras",
+        "compare model.keras pruned.keras --data @pipe.npz",
+    ],
+)
+def test_pipes_are_not_waited_for(command, run, tmp_path):
+    pipe = tmp_path / next(word for word in command.split() if "pipe" in word)[1:]
+    os.mkfifo(pipe)
+    status, out, err = run(command)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"keras-renorm: error: '{pipe}' is a pipe or a device, not a file. ")
+    assert os.listdir(tmp_path) == [pipe.name]
+
+
+def test_errors_name_the_file_that_they_are_about(run, tmp_path):
+    np.savez(tmp_path / "bad.npz", x=np.zeros((9, 15)))
+    assert run("prune model.keras --sparsity nosuch=0.5 -o @out.keras")[2].startswith("keras-renorm: error: 'model.keras': ")
+    err = run("compare model.keras pruned.keras --data @bad.npz")[2]
+    assert err.startswith(f"keras-renorm: error: '{tmp_path / 'bad.npz'}': Argument `data` must hold arrays of shapes")
 
 
 def test_nothing_is_written_over_without_force(run, tmp_path):
@@ -359,7 +474,7 @@ def test_an_export_that_cannot_be_written(run):
     assert (status, err) == (1, "keras-renorm: error: '/proc/out.tflite' cannot be written: No such file or directory.\n")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device"), MemoryError()])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()])
 def test_what_ends_in_the_middle_leaves_nothing(error, run, tmp_path, monkeypatch):
     def save(self, path):
         path.write_bytes(b"half")
@@ -369,6 +484,8 @@ def test_what_ends_in_the_middle_leaves_nothing(error, run, tmp_path, monkeypatc
     (tmp_path / "old.keras").write_text("old")
     status, out, err = run("prune model.keras --sparsity 0.5 --force -o @old.keras")
     assert (status, out, err.count("\n")) == (130 if isinstance(error, KeyboardInterrupt) else 1, "", 1)
+    if isinstance(error, OSError):
+        assert f"'{tmp_path / 'old.keras'}' cannot be written: No space left on device. Make room in its folder" in err
     assert os.listdir(tmp_path) == ["old.keras"]
     assert (tmp_path / "old.keras").read_text() == "old"
 

@@ -1,5 +1,7 @@
+import configparser
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,20 @@ ROOT = pathlib.Path(kr.__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.cfg").exists(), reason="needs a checkout")
+
+
+def test_the_oldest_releases_are_those_of_setup_cfg():
+    """What `.ci/run` constrains its second environment to."""
+    program = ROOT / ".ci" / "lower_bounds.py"
+    lines = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = config["options"]["install_requires"].split()
+    assert len(required) >= 4
+    assert {requirement.replace(">=", "==") + ".*" for requirement in required} <= set(lines)
+    assert all(re.fullmatch(r"[\w-]+==\d+(\.\d+)*\.\*", line) for line in lines)
+    # With an upper bound, too.
+    assert "mkdocs==1.6.*" in lines
 
 
 @pytest.fixture(scope="module")

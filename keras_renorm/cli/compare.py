@@ -25,11 +25,11 @@ _WARMUP = 5
 
 
 class _KerasFile:
-    """A `.keras` file that answers; `inputs` and `input_names` are those of its model."""
+    """A `.keras` file that answers; `name` and `inputs` are those of its model."""
 
     def __init__(self, path: pathlib.Path):
         self.model = files.load_model(path)
-        self.name, self.inputs, self.input_names = str(path), self.model.inputs, files.input_names(self.model)
+        self.name, self.inputs = str(path), self.model.inputs
 
     def answer(self, batch: list[np.ndarray]) -> list[np.ndarray]:
         answer = self.model.predict_on_batch(structured(self.model, batch))
@@ -50,13 +50,15 @@ class _LiteFile:
             keras.KerasTensor([None if side < 0 else int(side) for side in one["shape_signature"]], one["dtype"], name=name)
             for name, one in self.runner.inputs.items()
         ]
-        self.input_names = list(self.runner.inputs)
 
     def answer(self, batch: list[np.ndarray]) -> list[np.ndarray]:
-        return _in_order(self.runner(dict(zip(self.input_names, batch))))
+        return _in_order(self.runner(self._by_name(batch)))
 
     def inference(self, sample: list[np.ndarray], threads: int) -> Callable[[], Any]:
-        return Inference(self.path, threads, dict(zip(self.input_names, sample)))
+        return Inference(self.path, threads, self._by_name(sample))
+
+    def _by_name(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+        return {spec.name: array for spec, array in zip(self.inputs, arrays)}
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
 
 def _samples(both: list, path: pathlib.Path | None) -> tuple[list[list[np.ndarray]], np.ndarray | None]:
     """The inputs of both files, and the labels."""
-    names = [file.input_names for file in both]
+    names = [[spec.name for spec in file.inputs] for file in both]
     if path is None:
         drawn = random_inputs(both[0])
         by_name = dict(zip(names[0], drawn))

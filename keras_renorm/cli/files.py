@@ -9,7 +9,6 @@ import os
 import pathlib
 import sys
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,14 +63,19 @@ def load_model(path: pathlib.Path) -> keras.Model:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise ValueError(f"'{path}' is no whole Keras model: {error}. Copy or save it again.") from error
+    except Exception as error:
+        # What a damaged archive makes of its reader is of many kinds.
+        raise ValueError(f"'{path}' is no whole Keras model: {_first_line(error)}. Copy or save it again.") from error
     if damaged:
         raise ValueError(f"'{path}' is damaged in its part '{damaged}'. Copy or save it again.")
     try:
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         raise ValueError(f"'{path}' cannot be loaded. {_reason(path, error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _reason(path: pathlib.Path, error: Exception) -> str:
@@ -137,9 +141,8 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     except Exception as error:
         # What a damaged file makes of NumPy's readers is of many kinds.
         if "pickle" not in str(error):
-            reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(
-                f"'{path}' cannot be read as NumPy's arrays: {reason.rstrip('.')}. Copy it again, or write it with `np.savez`."
+                f"'{path}' cannot be read as NumPy's arrays: {_first_line(error)}. Copy it again, or write it with `np.savez`."
             ) from error
         raise ValueError(
             f"'{path}' is no file of plain arrays: what is in it may be Python objects, which could run code and are not "
@@ -173,17 +176,13 @@ def samples_of(arrays: dict[str, np.ndarray], names: Sequence[str], path: pathli
     raise ValueError(f"'{path}' must hold {wanted}. It holds {sorted(arrays)}.")
 
 
-def input_names(model: keras.Model) -> list[str]:
-    """How the inputs of a model are called: by its keys, if it takes a dict, else by their own names."""
-    structure = getattr(model, "_inputs_struct", None)
-    if isinstance(structure, dict) and not any(map(keras.tree.is_nested, structure.values())):
-        return [path[-1] for path, _ in keras.tree.flatten_with_path(structure)]
-    return [tensor.name for tensor in getattr(model, "inputs", None) or []] or ["x"]
-
-
 def inputs_from(path: pathlib.Path | None, model: keras.Model) -> list[np.ndarray] | None:
     """The samples of a file, an array for each input of the model."""
-    return None if path is None else samples_of(load_arrays(path), input_names(model), path)
+    if path is None:
+        return None
+    # A subclassed model does not name its inputs.
+    names = [tensor.name for tensor in getattr(model, "inputs", None) or []] or ["x"]
+    return samples_of(load_arrays(path), names, path)
 
 
 @contextlib.contextmanager
