@@ -233,6 +233,7 @@ def _convert_to_run(
     try:
         convert(model, path, first)
         difference = _compare(model, path, reference)
+        reference.run_first(path)
     except (RuntimeError, ValueError):
         # Recurrent layers need a batch whose size is known.
         fixed_batch = True
