@@ -55,7 +55,8 @@ class Reference:
     def tolerance(self, quantize: str | None) -> float:
         """The difference from which on something must be wrong."""
         kinds = [quantize, *(["float16"] if self._in_half else [])]
-        return max(_TOLERANCE[kind] for kind in kinds) * self.range
+        share = max(_TOLERANCE[kind] for kind in kinds)
+        return share * self.range if np.isfinite(share) else share
 
     def difference(self, path: pathlib.Path) -> float:
         """The largest absolute difference of a file's outputs."""

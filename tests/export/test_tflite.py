@@ -457,6 +457,13 @@ def test_integers_that_are_far_off_are_told(tmp_path, monkeypatch, generator):
     assert any("integers are coarse for this network" in note and "`representative_data`" in note for note in report.notes)
 
 
+def test_integers_that_are_no_numbers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "run", lambda path, inputs, names, keys: [np.full((8, 2), np.nan)])
+    with pytest.raises(RuntimeError, match="differ from those of model 'sequential' by inf"):
+        kr.export_tflite(small(), tmp_path / "model.tflite", quantize="int8")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_smallest_type_is_told(tmp_path, generator):
     """At 90% integers of convolutions, which are stored in full, take more than floats without their zeros."""
     model = kr.prune(keras.Sequential([keras.Input((8, 8, 64)), L.Conv2D(128, 3)]), 0.9)
