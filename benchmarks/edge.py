@@ -47,7 +47,7 @@ def dense(arguments, folder):
     for pattern, sparsity, quantize in cases:
         kr.export_tflite(model, folder / "dense.tflite", quantize=quantize)
         pruned = kr.prune(model, sparsity, pattern=pattern, allocation="uniform")
-        report = kr.export_tflite(pruned, folder / "pruned.tflite", quantize=quantize, smallest=True)
+        report = kr.export_tflite(pruned, folder / "pruned.tflite", quantize=quantize, smallest=True, storage="sparse")
         times = kr.export.benchmark(folder / "pruned.tflite", folder / "dense.tflite", runs=arguments.runs)
         print(
             f"{pattern!r:18} {sparsity:.0%} {quantize or 'float32':7}  {1e3 * times.rows[1].median:.2f} -> "
@@ -70,7 +70,7 @@ def mobile(arguments, folder):
             variants["90%, repaired"] = kr.export.repair(pruned)
         first = None
         for kind, variant in variants.items():
-            report = kr.export_tflite(variant, folder / "model.tflite")
+            report = kr.export_tflite(variant, folder / "model.tflite", storage="sparse")
             path = kr.export.explain(report.path).sparse_path
             count = counted(arguments.count, report.path)
             first = first or count
@@ -97,7 +97,7 @@ def size(arguments, folder):
             line = f"{name:10} {quantize or 'float32':8}"
             for sparsity in (0.8, 0.9, 0.95):
                 pruned = kr.prune(model, sparsity, renormalize=None)
-                settings = dict(quantize=quantize, smallest=True, representative_data=data if full else None)
+                settings = dict(quantize=quantize, smallest=True, representative_data=data if full else None, storage="sparse")
                 report = kr.export_tflite(pruned, folder / "model.tflite", **settings)
                 told = sum(information(tensor) for tensor in report.tensors)
                 weights = sum(tensor.bytes for tensor in report.tensors)

@@ -77,7 +77,7 @@ def export(model, name, kinds, train, test, dense=None):
         if settings.pop("full", False):
             settings["representative_data"] = train[0][:300]
         path = OUT / f"edge_{name}_{kind.replace(' ', '_')}.tflite"
-        report = kr.export_tflite(model, path, samples=test[0][:8], **settings)
+        report = kr.export_tflite(model, path, samples=test[0][:8], storage="sparse", **settings)
         times = kr.export.benchmark(path, against=dense or path, runs=100)
         row = dict(name=f"{name}, {kind}", path=path, accuracy=accuracy(path, test), bytes=report.bytes)
         rows.append(row | dict(gzipped=report.gzip_bytes, latency=times.rows[0].median, times=times.ratio, notes=report.notes))

@@ -120,7 +120,7 @@ def main():
 
     print(f"{'':24}accuracy  sparsity      bytes   gzipped")
     for name, model, file in (("dense network", dense, "dense.tflite"), ("pruned and trained", plain, "pruned.tflite")):
-        report = kr.export_tflite(model, OUT / file, samples=test[0][:8])
+        report = kr.export_tflite(model, OUT / file, samples=test[0][:8], storage="sparse")
         sparsity = kr.summary(model).sparsity
         print(f"  {name:22}{accuracy(model, test):8.3f}  {sparsity:8.3f}  {report.bytes:9,} {report.gzip_bytes:9,}")
     half = kr.export_tflite(plain, OUT / "pruned_float16.tflite", quantize="float16", samples=test[0][:8])

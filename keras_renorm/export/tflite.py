@@ -37,6 +37,10 @@ STORAGE = ("auto", "sparse", "full")
 # Networks whose weights take at most so many bytes fit a microcontroller, where sparse files do not run.
 _MICROCONTROLLER = 2**18
 _TYPES = {None: "float32", "float16": "float16", "int8": "int8"}
+_SPARSE = (
+    "Tensors stored sparse are read by LiteRT (and TensorFlow Lite) on CPUs. TensorFlow Lite for Microcontrollers refuses the "
+    "file: export with `storage='full'` for it."
+)
 # A share of the largest output: integers that are further off are worth a word.
 _FAR = 0.1
 
@@ -111,7 +115,8 @@ def export_tflite(
         whole, stored = folder / "whole.tflite", folder / "stored.tflite"
         difference, of_conversion = _convert_to_run(plain, whole, quantize, representative, reference, integer_io)
         notes += changes + of_outputs + of_conversion
-        if difference > reference.tolerance(quantize):
+        # Infinite: NaN, or other shapes.
+        if difference > reference.tolerance(quantize) or difference == np.inf:
             raise RuntimeError(
                 f"The outputs of the converted model differ from those of model '{model.name}' by {difference:.2g}, where the "
                 f"largest is {reference.range:.2g}, so '{path}' was not written. An operation may be converted wrongly: export "
@@ -128,16 +133,13 @@ def export_tflite(
     estimates = {
         name: len(data) if kind == quantize else file.estimated_bytes(name, sparse[kind]) for kind, name in _TYPES.items()
     }
-    if kept:
-        notes.append(
-            "Tensors stored sparse are read by LiteRT (and TensorFlow Lite) on CPUs. TensorFlow Lite for Microcontrollers "
-            "refuses the file: export with `storage='full'` for it."
-        )
-    elif storage == "auto" and not sparse[quantize] and file.candidates:
+    if storage == "auto" and not sparse[quantize] and file.candidates:
         notes.append(
             "Stored in full, for a network as small as this may be meant for a microcontroller, which cannot read sparse "
             f"tensors: `storage='sparse'` takes {len(file.write(file.candidates, metadata)):,} bytes, for LiteRT."
         )
+    if kept:
+        notes.append(_SPARSE)
     if has_free_sides(model):
         notes.append(
             "Inputs have sides of any length: set them with `resize_tensor_input` before `allocate_tensors`, or run the file "
@@ -235,6 +237,7 @@ def _convert_to_run(
     try:
         convert(model, path, first)
         difference = _compare(model, path, reference)
+        reference.run_first(path)
     except (RuntimeError, ValueError):
         # Recurrent layers need a batch whose size is known.
         fixed_batch = True

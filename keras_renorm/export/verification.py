@@ -64,6 +64,14 @@ class Reference:
         """The largest absolute difference of a file's outputs."""
         return largest_difference(self._expected, run(path, self._inputs, self._names, keys=self._keys))
 
+    def run_first(self, path: pathlib.Path) -> None:
+        """Run a file that takes any number of samples with one, as a phone does.
+
+        Raises:
+            RuntimeError: if the runtime cannot, which it may for one sample alone.
+        """
+        run(path, [array[:1] for array in self._inputs], self._names, keys=self._keys)
+
 
 def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bool = False) -> list[np.ndarray]:
     """Run a `.tflite` file with LiteRT, or with TensorFlow's interpreter where LiteRT is not installed.

@@ -118,6 +118,31 @@ def test_what_is_no_model(tmp_path):
         kr.export.explain(7)
 
 
+def test_bits_that_flipped_are_an_error_that_names_the_file(tmp_path, generator):
+    model = kr.prune(keras.Sequential([keras.Input((12, 12, 8)), L.Conv2D(16, 3), L.Flatten(), L.Dense(4)]), 0.8)
+    whole = kr.export_tflite(model, tmp_path / "whole.tflite", storage="sparse").path.read_bytes()
+    path, told = tmp_path / "flipped.tflite", []
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in generator.integers(8, len(data), 4):
+            data[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(data)
+        try:
+            str(kr.export.explain(path))
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > 10
+    assert all(str(path) in one for one in told)
+
+
+def test_metadata_of_somebody_else(tmp_path):
+    """What cannot be shown is damaged, too."""
+    path = kr.export_tflite(keras.Sequential([keras.Input((8,)), L.Dense(4)]), tmp_path / "m.tflite").path
+    path.write_bytes(path.read_bytes().replace(b'"sparsity"', b'"sparsitz"'))
+    with pytest.raises(ValueError, match=r"must be a whole `.tflite` model.*damaged.*m.tflite"):
+        kr.export.explain(path)
+
+
 def test_a_file_that_was_cut_off_is_an_error_and_no_crash(tmp_path):
     """In a process of its own: the runtime itself would bring this one down."""
     whole = kr.export_tflite(keras.Sequential([keras.Input((64,)), L.Dense(64)]), tmp_path / "whole.tflite").path.read_bytes()

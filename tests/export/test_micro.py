@@ -40,8 +40,16 @@ def samples_of(model, generator):
     return generator.standard_normal((32, *model.inputs[0].shape[1:])).astype("float32")
 
 
-@pytest.mark.parametrize("make", [mlp, lambda: mlp(target="litert"), compacted], ids=["single", "blocks", "compacted"])
-@pytest.mark.parametrize("integers", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize(
+    ("make", "integers"),
+    [
+        (mlp, False),
+        (lambda: mlp(target="litert"), False),
+        (lambda: mlp(target="litert-int8"), True),
+        (compacted, False),
+    ],
+    ids=["single weights", "blocks", "integers in blocks", "compacted"],
+)
 def test_small_networks_run_as_they_come(make, integers, tmp_path, generator):
     model = make()
     data = samples_of(model, generator)

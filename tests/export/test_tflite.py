@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.export import tflite, verification
+from keras_renorm.export import failures, tflite, verification
 
 tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":
@@ -289,3 +289,225 @@ def test_no_tolerance_lets_nan_or_another_shape_pass(quantize):
     for reference.range in (0.0, 5.0):
         for received in (np.full((3, 10), np.nan), np.ones((3, 9))):
             assert verification.largest_difference([np.ones((3, 10))], [received]) > reference.tolerance(quantize)
+
+
+def small(inputs=None, *layers):
+    return keras.Sequential([keras.Input((8,)) if inputs is None else inputs, *layers, L.Dense(2)])
+
+
+def test_what_a_small_network_is_stored_as(tmp_path):
+    """In full, for it may be meant for a microcontroller; in types that run there."""
+    model = kr.prune(small(keras.Input((64,)), L.Dense(128, "relu")), 0.9)
+    paths = [tmp_path / f"{index}.tflite" for index in range(4)]
+    automatic, sparse = kr.export_tflite(model, paths[0]), kr.export_tflite(model, paths[1], storage="sparse")
+    assert (automatic.stored_sparse, sparse.stored_sparse) == (False, True)
+    assert automatic.bytes == automatic.dense_bytes > 2 * sparse.bytes
+    assert f"`storage='sparse'` takes {sparse.bytes:,} bytes" in automatic.notes[-1]
+    assert "TensorFlow Lite for Microcontrollers refuses the file" in sparse.notes[-1]
+    assert kr.export_tflite(model, paths[2], quantize="float16").stored_sparse
+    full = kr.export_tflite(model, paths[3], quantize="float16", storage="full")
+    assert (full.stored_sparse, full.notes) == (False, ())
+
+
+def test_a_large_network_stored_in_full_is_not_taken_apart(tmp_path):
+    model = kr.prune(keras.Sequential([keras.Input((600,)), L.Dense(300)]), 0.9)
+    report = kr.export_tflite(model, tmp_path / "model.tflite", storage="full")
+    assert (report.stored_sparse, report.notes) == (False, ())
+    assert [tensor.shape for tensor in report.tensors] == [(300, 600)]
+
+
+@pytest.mark.parametrize(
+    ("make", "samples"),
+    [
+        (lambda: small(keras.Input((None, None, 3)), L.Conv2D(4, 3), L.MaxPooling2D(2), L.Conv2D(4, 3)), (24, 20, 3)),
+        (lambda: small(keras.Input((None, 8)), L.Conv1D(4, 5), L.GlobalMaxPooling1D()), (9, 8)),
+    ],
+    ids=["images", "sequences"],
+)
+def test_inputs_of_any_size(make, samples, tmp_path, generator):
+    model = make()
+    data = generator.random((3, *samples)).astype("float32")
+    for arguments in ({}, dict(samples=data), dict(quantize="int8", representative_data=data)):
+        report = kr.export_tflite(model, tmp_path / "model.tflite", **arguments)
+        assert report.difference < (0.1 if "quantize" in arguments else 1e-5)
+        assert any("`resize_tensor_input`" in note for note in report.notes)
+    answer = verification.run(report.path, [data], ["x"])[0]
+    assert answer.shape == model.predict_on_batch(data).shape
+
+
+def test_random_inputs_are_as_long_as_it_takes(tmp_path):
+    """More than 32 for these windows, at most 20 for these positions."""
+    layers = [layer for _ in range(4) for layer in (L.Conv1D(2, 5), L.MaxPooling1D(2))]
+    assert kr.export_tflite(small(keras.Input((None, 2)), *layers), tmp_path / "long.tflite").difference < 1e-5
+    tokens = keras.Input((None,), dtype="int32")
+    x = L.Embedding(50, 4)(tokens)
+    model = keras.Model(tokens, L.Dense(2)(OfAtMost20()(x)))
+    assert kr.export_tflite(model, tmp_path / "short.tflite").difference < 1e-5
+
+
+@keras.saving.register_keras_serializable("tests")
+class OfAtMost20(L.Layer):
+    def build(self, shape):
+        self.positions = self.add_weight(shape=(20, shape[-1]), name="positions")
+
+    def call(self, x):
+        return x + self.positions[: keras.ops.shape(x)[1]]
+
+
+def nested_inputs():
+    p, q, r = (keras.Input((4,), name=name) for name in "pqr")
+    return keras.Model([p, {"q": q, "r": r}], L.Dense(2)(L.Concatenate()([p, q, r])))
+
+
+def test_nested_inputs(tmp_path, generator):
+    p, q, r = generator.random((3, 5, 4)).astype("float32")
+    model = nested_inputs()
+    for samples in (None, [p, {"q": q, "r": r}], {"p": p, "q": q, "r": r}, [p, q, r]):
+        assert kr.export_tflite(model, tmp_path / "model.tflite", samples=samples).difference < 1e-5
+    names = verification.Runner(tmp_path / "model.tflite").inputs
+    assert set(names) == {"p", "q", "r"}
+    with pytest.raises(ValueError, match="`samples` must hold arrays"):
+        kr.export_tflite(model, tmp_path / "model.tflite", samples=[p, {"q": q}])
+
+
+def test_nested_outputs_are_written_in_a_list(tmp_path, generator):
+    inputs = keras.Input((8,))
+    a, b, c = (L.Dense(units)(inputs) for units in (2, 3, 4))
+    model = keras.Model(inputs, {"x": a, "y": [b, {"v": c}]})
+    data = generator.random((3, 8)).astype("float32")
+    report = kr.export_tflite(model, tmp_path / "model.tflite", samples=data)
+    assert "`output_0` is ['x'], `output_1` is ['y'][0], `output_2` is ['y'][1]['v']" in report.notes[0]
+    answers = model.predict_on_batch(data)
+    expected = [answers["x"], answers["y"][0], answers["y"][1]["v"]]
+    for answer, right in zip(verification.run(report.path, [data], ["x"]), expected, strict=True):
+        np.testing.assert_allclose(answer, right, atol=1e-5)
+
+
+def test_strings(tmp_path):
+    words = keras.Input((1,), dtype="string")
+    ids = L.StringLookup(vocabulary=["a", "ä"])(words)
+    model = keras.Model(words, L.Dense(2)(L.Flatten()(L.Embedding(3, 8)(ids))))
+    # LiteRT runs two samples of the file with a batch of any size, but not one.
+    assert "one sample at a time" in kr.export_tflite(model, tmp_path / "model.tflite").notes[0]
+    for data in (np.array([["a"], ["ä"]]), np.array([["a"], ["ä"]], object)):
+        assert kr.export_tflite(model, tmp_path / "model.tflite", samples=data).difference < 1e-6
+    answers = verification.run(tmp_path / "model.tflite", [np.array([["ä".encode()]], object)], ["x"])
+    np.testing.assert_allclose(answers[0], np.asarray(model(tf.constant([["ä"]]))), atol=1e-6)
+    with pytest.raises(ValueError, match="`samples` must hold numbers for input"):
+        kr.export_tflite(small(), tmp_path / "numbers.tflite", samples=np.array([["a"] * 8]))
+
+
+def test_states(tmp_path):
+    """Operations that assign them have no outputs; samples leave the model's own states alone."""
+    model = small(keras.Input((5, 8), batch_size=2), L.LSTM(4, stateful=True))
+    data = np.ones((6, 5, 8), "float32")
+    report = kr.export_tflite(model, tmp_path / "model.tflite", samples=data)
+    assert report.difference < 1e-5
+    assert "2 samples at a time" in report.notes[0]
+    assert all(np.all(np.asarray(state) == 0) for state in model.layers[0].states)
+    assert kr.export.explain(report.path).rows
+    expected = np.concatenate([model.predict_on_batch(data[:2]) for _ in range(3)])
+    np.testing.assert_allclose(verification.run(report.path, [data], ["x"])[0], expected, atol=1e-5)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Sorted(L.Layer):
+    def call(self, x):
+        return x if isinstance(x, keras.KerasTensor) else keras.ops.convert_to_tensor(np.sort(np.asarray(x), -1))
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+@keras.saving.register_keras_serializable("tests")
+class Branching(Sorted):
+    def call(self, x):
+        return x if isinstance(x, keras.KerasTensor) or keras.ops.sum(x) > 0 else -x
+
+
+@keras.saving.register_keras_serializable("tests")
+class Sized(Sorted):
+    def call(self, x):
+        return x if isinstance(x, keras.KerasTensor) else keras.ops.reshape(x, (x.shape[0] * 2, 4))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Fourier(Sorted):
+    def call(self, x):
+        return keras.ops.fft((x, x))[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (Sorted, r"Layer 'mine' \(Sorted\) fails in its `call` \(line \d+ of test_tflite.py\): .*in place of NumPy"),
+        (Branching, r"Layer 'mine' \(Branching\) fails in its `call` .*`keras.ops.where`"),
+        (Fourier, r"TFLite has no operation Complex, FFT \(in 'mine'\)"),
+    ],
+)
+def test_the_layer_that_fails_is_named(layer, told, tmp_path):
+    model = small(None, layer(name="mine"))
+    with pytest.raises(RuntimeError, match=told):
+        kr.export_tflite(model, tmp_path / "model.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reason_of_an_error():
+    """In short, wherever it stands in what TensorFlow and Keras say."""
+    cause = failures.reason
+    assert cause(ValueError("in user code:\n\n\n    ValueError: Got a list. More.\n")) == "ValueError: Got a list"
+    keras_says = "Exception encountered when calling A.call().\n\n\x1b[1mno fold\x1b[0m\n\nArguments received by A.call():\n x"
+    assert cause(KeyError(keras_says)) == "KeyError: no fold"
+    assert cause(RuntimeError("")) == "RuntimeError"
+    layer = Sized(name="sized")
+    with failures.whole_tracebacks(), pytest.raises(TypeError) as caught:
+        tf.function(layer).get_concrete_function(tf.TensorSpec((None, 8)))
+    assert "Layer 'sized' (Sized) fails in its `call`" in cause(caught.value)
+    assert "read sizes with `keras.ops.shape`" in cause(caught.value)
+
+
+def test_integers_that_are_far_off_are_told(tmp_path, monkeypatch, generator):
+    data = generator.random((16, 8)).astype("float32")
+    original = verification.largest_difference
+    monkeypatch.setattr(verification, "largest_difference", lambda *both: original(*both) + 0.5)
+    report = kr.export_tflite(small(), tmp_path / "m.tflite", quantize="int8", representative_data=data)
+    assert any("integers are coarse for this network" in note and "`representative_data`" in note for note in report.notes)
+
+
+def test_integers_that_are_no_numbers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "run", lambda path, inputs, names, keys: [np.full((8, 2), np.nan)])
+    with pytest.raises(RuntimeError, match="differ from those of model 'sequential' by inf"):
+        kr.export_tflite(small(), tmp_path / "model.tflite", quantize="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_smallest_type_is_told(tmp_path, generator):
+    """At 90% integers of convolutions, which are stored in full, take more than floats without their zeros."""
+    model = kr.prune(keras.Sequential([keras.Input((8, 8, 64)), L.Conv2D(128, 3)]), 0.9)
+    reports = {quantize: kr.export_tflite(model, tmp_path / "m.tflite", quantize) for quantize in (None, "float16", "int8")}
+    for report in reports.values():
+        for quantize, other in reports.items():
+            assert report.estimated_bytes[quantize or "float32"] == pytest.approx(other.bytes, rel=0.15)
+    assert reports["float16"].bytes < reports[None].bytes < reports["int8"].bytes
+    assert "float16 is more exact, and smaller" in reports["int8"].notes[-1]
+    assert "as float16 (the smallest)" in str(reports[None])
+    assert not any("more exact" in note for quantize in (None, "float16") for note in reports[quantize].notes)
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        try:
+            raise tf.errors.ResourceExhaustedError(None, None, "part-00000; No space left on device [Op:SaveV2]")
+        except tf.errors.ResourceExhaustedError as error:
+            raise RuntimeError("TensorFlow could not convert") from error
+
+    monkeypatch.setattr(tflite, "convert", fail)
+    with pytest.raises(OSError, match=r"model.tflite' was not written: no space is left .*TMPDIR"):
+        kr.export_tflite(small(), tmp_path / "model.tflite")
+
+
+def test_integer_io_needs_to_know_what_an_integer_is_worth(tmp_path):
+    with pytest.raises(ValueError, match="`integer_io` is used with `quantize='int8'` and `representative_data`"):
+        kr.export_tflite(small(), tmp_path / "model.tflite", quantize="int8", integer_io=True)
+    with pytest.raises(ValueError, match="`storage` must be one of"):
+        kr.export_tflite(small(), tmp_path / "model.tflite", storage="dense")
