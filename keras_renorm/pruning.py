@@ -26,7 +26,7 @@ from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, PruningReport, describe
 from keras_renorm.scoring import Seen, see
 from keras_renorm.sites import Target
-from keras_renorm.targets import by_name, choose_patterns
+from keras_renorm.targets import by_name, choose_patterns, names_of, unique_names
 
 
 def prune(
@@ -55,7 +55,8 @@ def prune(
     Args:
         model: a built model: Sequential, Functional, or a subclassed one with a `get_config()`.
         sparsity: fraction of the weights to remove, in [0, 1), over all kernels of the chosen layers; or a dict of layer name
-            (or glob) to sparsity, to prune those layers alone; a name goes before a glob, an earlier glob before a later one.
+            (or glob) to sparsity, to prune those layers alone; a name goes before a glob, an earlier glob before a later one;
+            `"user/fc1"` is layer `"fc1"` of the model `"user"` within this one.
             `None` with a criterion that chooses the count itself.
         criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`; with samples also
             `"activation"`, `"activity"`, `"obs"` and `"admm"`, and `keras_renorm.criteria.Activity(share)`, which chooses the
@@ -133,7 +134,8 @@ def prune(
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
         pruned, counterparts = rebuild(model, lambda layer: None)
-        targets = _targets({counterparts[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
+        rule = dataclasses.replace(rule, names=unique_names(pruned))
+        targets = _targets(pruned, {counterparts[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
         for one in targets:
             if one.sparsity is not None:
                 one.pattern.check(one.sparsity, group)
@@ -157,15 +159,18 @@ def prune(
             rows = _prune_backwards(pruned, targets, rule)
         if ties:
             _silence(targets, ties)
-    order = [layer.name for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
+    order = [rule.name_of(layer) for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
     pruned.pruning_report = PruningReport(tuple(sorted(rows, key=lambda row: order.index(row.layer))))
     return pruned
 
 
-def _targets(patterns_of: dict[keras.Layer, patterns.Pattern], sparsity: Any, allocation: Any) -> list[Target]:
+def _targets(
+    model: keras.Model, patterns_of: dict[keras.Layer, patterns.Pattern], sparsity: Any, allocation: Any
+) -> list[Target]:
     kernels = [(layer, kernel) for layer in patterns_of for kernel in find_kernels(layer)]
     if isinstance(sparsity, dict):
-        sparsities = [by_name(sparsity, layer) for layer, _ in kernels]
+        names = names_of(model)
+        sparsities = [by_name(sparsity, names[id(layer)]) for layer, _ in kernels]
     elif sparsity is None:
         sparsities = [None] * len(kernels)
     else:
@@ -305,7 +310,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     factors = np.broadcast_to(scale, [1 if axis in axes else side for axis, side in enumerate(mask.shape)])
     factors = factors[mask.any(axis=axes, keepdims=True)] if mask.any() else np.ones(1)
     return LayerReport(
-        layer=target.layer.name,
+        layer=rule.name_of(target.layer),
         kernel=name_within(variable, target.layer),
         weights=mask.size,
         kept=int(np.count_nonzero(mask)),

@@ -13,6 +13,7 @@ from keras_renorm.conversion import never_pruned, outermost_layers
 from keras_renorm.layers.kernels import find_kernels, name_within
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 from keras_renorm.tables import format_table
+from keras_renorm.targets import unique_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +92,15 @@ def summary(model: keras.Model) -> Summary:
     """
     validation.check_model(model)
     rows, notes = [], []
+    names = unique_names(model)
     for layer in outermost_layers(model):
         masked = [kernel for part in masked_layers(layer) for kernel in part.masked_kernels]
         if masked:
             parts = masked_layers(layer)
-            rows += [_masked_row(layer, part, kernel) for part in parts for kernel in part.masked_kernels]
+            rows += [_masked_row(layer, names[id(layer)], part, kernel) for part in parts for kernel in part.masked_kernels]
             continue
         try:
-            found = [_plain_row(layer, kernel) for kernel in find_kernels(layer)]
+            found = [_plain_row(layer, names[id(layer)], kernel) for kernel in find_kernels(layer)]
             # What is only added to inputs counts where it was pruned.
             rows += [row for row, kernel in zip(found, find_kernels(layer)) if row.sparsity or not kernel.added]
         except ValueError as error:
@@ -107,13 +109,13 @@ def summary(model: keras.Model) -> Summary:
     return Summary(tuple(rows), tuple(notes + ([idle] if idle else [])))
 
 
-def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:
+def _masked_row(layer: keras.Layer, name: str, part: MaskedLayer, kernel) -> Row:
     scale = as_array(kernel.scale)
     kept = int(np.count_nonzero(as_array(kernel.mask)))
     limits = (float(scale.min()), float(scale.max()))
-    return Row(layer.name, name_within(kernel.variable, layer), repr(part.pattern), kernel.size, kept, limits)
+    return Row(name, name_within(kernel.variable, layer), repr(part.pattern), kernel.size, kept, limits)
 
 
-def _plain_row(layer: keras.Layer, kernel) -> Row:
+def _plain_row(layer: keras.Layer, name: str, kernel) -> Row:
     kept = int(np.count_nonzero(as_array(kernel.variable)))
-    return Row(layer.name, name_within(kernel.variable, layer), "-", kernel.size, kept, (1.0, 1.0))
+    return Row(name, name_within(kernel.variable, layer), "-", kernel.size, kept, (1.0, 1.0))
