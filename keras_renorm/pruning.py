@@ -15,6 +15,7 @@ from keras_renorm.arrays import as_array, masked
 from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
 from keras_renorm.calibration import Samples
 from keras_renorm.channels import Ties, find_ties, walk_back
+from keras_renorm.compaction import units_that_stay
 from keras_renorm.conversion import choose_layers, outermost_layers, rebuild, strip
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
@@ -63,7 +64,8 @@ def prune(
             count itself. `"auto"` is `"admm"` with samples, else `"magnitude"`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance. With
             `"unit"`, units that meet in sums go together, what is gone gives zero (`keras_renorm.compact` then takes it out),
-            and layers that make the model's outputs stay whole, unless `layers` names them. Or a dict of layer name (or glob)
+            and layers that make the model's outputs stay whole, unless `layers` names them. Notes of the report say which
+            units `compact` cannot take out, and why. Or a dict of layer name (or glob)
             to pattern; layers that it does not name are `"unstructured"`.
         group: `"layer"` or `"unit"`: which weights compete with each other.
         allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
@@ -160,7 +162,8 @@ def prune(
         if ties:
             _silence(targets, ties)
     order = [rule.name_of(layer) for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
-    pruned.pruning_report = PruningReport(tuple(sorted(rows, key=lambda row: order.index(row.layer))))
+    rows = sorted(rows, key=lambda row: order.index(row.layer))
+    pruned.pruning_report = PruningReport(tuple(rows), _notes_on_units(pruned, targets, rule) if ties else ())
     return pruned
 
 
@@ -243,6 +246,20 @@ def _silence(targets: list[Target], ties: Ties) -> None:
                 bias.assign(np.where(alive, as_array(bias), 0))
         for layer in ties.normalizations.get(id(variable), []):
             silence_normalization(layer, ~alive)
+
+
+def _notes_on_units(model: keras.Model, targets: list[Target], rule: Rule) -> tuple[str, ...]:
+    """Say where whole units went for nothing: `compact` cannot take them out."""
+    by_units = [target for target in targets if target.by_units]
+    reasons = units_that_stay(model, [target.kernel for target in by_units])
+    layers: dict[str, list[str]] = {}
+    for target in by_units:
+        if id(target.kernel.variable) in reasons:
+            layers.setdefault(reasons[id(target.kernel.variable)], []).append(rule.name_of(target.layer))
+    return tuple(
+        f"`keras_renorm.compact` cannot take out the units that {list(dict.fromkeys(names))} lost: {reason}."
+        for reason, names in layers.items()
+    )
 
 
 def _twins(model, counterparts) -> list[tuple[keras.Layer, keras.Layer]]:

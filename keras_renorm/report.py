@@ -44,9 +44,10 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class PruningReport:
-    """What `keras_renorm.prune` did. Printing it shows a table; `rows` are the data."""
+    """What `keras_renorm.prune` did. Printing it shows a table; `rows` are the data, `notes` say what is worth knowing."""
 
     rows: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -82,7 +83,7 @@ class PruningReport:
         ]
         total = ("total pruned", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.4f}")
         cells.append(total + ("",) * (len(header) - len(total)))
-        return format_table(header, cells, right=(2, 3, 4, 8, 9), total=True)
+        return "\n".join([format_table(header, cells, right=(2, 3, 4, 8, 9), total=True), *self.notes])
 
     __repr__ = __str__
 
