@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
+from keras.src.models import Functional
 
 from keras_renorm import validation
 from keras_renorm.arrays import as_array, for_another
@@ -92,6 +94,12 @@ def compact(model: keras.Model) -> keras.Model:
     """
     validation.check_model(model)
     check_graph(model)
+    if type(model) not in (keras.Sequential, Functional):
+        warnings.warn(
+            f"Model '{model.name}' is a {type(model).__name__}, the smaller one a plain one: what the class adds (such as its "
+            "own `train_step`) is not carried over.",
+            stacklevel=2,
+        )
     plain = strip(model) if masked_layers(model) else model
     graph = graph_of(plain)
     rules = [rule_of(call) for call in graph.calls]

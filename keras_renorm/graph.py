@@ -112,14 +112,29 @@ def graph_of(model: keras.Model) -> Graph:
 
 
 def _takes_as_they_are(within: Functional, node: Any) -> bool:
-    """Whether a model gives to its layers what it is called with: it may cast, add axes, or be given masks."""
+    """Whether a model gives to its layers what it is called with: it may cast, add axes, look inputs up by their names."""
     given = node.input_tensors
     others = [value for name, value in node.arguments.kwargs.items() if name != "training"]
     return (
         len(given) == len(within.inputs)
+        and len(node.arguments.args) == 1
+        and _in_the_same_order(within._inputs_struct, node.arguments.args[0])
         and all(value is None for value in keras.tree.flatten(others))
         and all(one.dtype == other.dtype and len(one.shape) == len(other.shape) for one, other in zip(given, within.inputs))
     )
+
+
+def _in_the_same_order(wanted: Any, given: Any) -> bool:
+    if isinstance(wanted, dict) or isinstance(given, dict):
+        return (
+            isinstance(wanted, dict)
+            and isinstance(given, dict)
+            and wanted.keys() == given.keys()
+            and all(_in_the_same_order(wanted[key], given[key]) for key in wanted)
+        )
+    if isinstance(wanted, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(wanted) == len(given) and all(map(_in_the_same_order, wanted, given))
+    return True
 
 
 def _used_by(call: Call) -> set[int]:

@@ -415,6 +415,25 @@ def test_subclassed_models_are_refused():
         kr.compact("model")
 
 
+def test_subclasses():
+    class WithACall(keras.Model):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    class WithAStep(keras.Sequential):
+        pass
+
+    inputs = keras.Input((3,))
+    with pytest.raises(ValueError, match=r"must be a Sequential or Functional model.*WithACall"):
+        kr.compact(WithACall(inputs, L.Dense(2)(inputs)))
+    with pytest.warns(UserWarning, match=r"is a WithAStep, the smaller one a plain one"):
+        assert type(kr.compact(WithAStep([keras.Input((3,)), L.Dense(2)]))) is keras.Sequential
+    # Within a model it stays what it is.
+    doubling = WithACall(inputs, L.Dense(3)(inputs))
+    graph = keras.Model(inputs, L.Dense(2)(doubling(L.Dense(3)(inputs))))
+    assert doubling in graph.layers
+
+
 # Together with the rest.
 
 

@@ -57,3 +57,13 @@ def test_arguments_are_handed_over_as_they_are():
     remake(model, graph_of(model), operation_for)
     assert given[-1][0][1] is variable
     assert given[-1][0][2] is vector
+
+
+def test_inputs_that_are_looked_up_by_their_names():
+    first, second = keras.Input((4,), name="z"), keras.Input((4,), name="a")
+    inner = keras.Model([first, second], L.Subtract()([L.Dense(3)(first), L.Dense(3)(second)]))
+    one, other = keras.Input((4,)), keras.Input((4,))
+    model = keras.Model([one, other], inner({"z": one, "a": other}))
+    assert [call.operation for call in graph_of(model).calls] == [inner]
+    model = keras.Model([one, other], inner((one, other)))
+    assert len(graph_of(model).calls) == 3
