@@ -90,10 +90,14 @@ class Rule:
         """What has to be kept beyond what is asked for, as the layer cannot do otherwise."""
         return [np.ones_like(one) for one in inputs], [np.ones_like(one) for one in outputs]
 
+    def stays(self, inputs: list[Flags], outputs: list[Flags]) -> bool:
+        """Whether the layer stays what it is, as all channels do."""
+        return all(flags.all() for flags in (*inputs, *outputs))
+
     def remake(self, inputs: list[Flags], outputs: list[Flags], constants: list[Values]) -> tuple[Any, list[np.ndarray]]:
         """The layer for the channels that are kept, not built yet, and the values of its weights in their order.
 
-        It is asked only where some channels go.
+        It is asked only where the layer does not stay what it is.
         """
         raise NotImplementedError
 
@@ -518,6 +522,9 @@ class Attention(Rule):
 
     def tie(self, inputs, outputs):
         return [one if roles else np.ones_like(one) for one, roles in zip(inputs, self.roles)], outputs
+
+    def stays(self, inputs, outputs):
+        return self.heads.all() and super().stays(inputs, outputs)
 
     def remake(self, inputs, outputs, constants):
         (kept,) = outputs

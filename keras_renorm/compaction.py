@@ -214,7 +214,7 @@ def _rebuild(model, graph: Graph, rules: list[Rule], constants: dict, kept: dict
     def operation_for(call):
         rule = next(waiting)
         sides = [[kept[id(tensor)] for tensor in side] for side in (call.inputs, call.outputs)]
-        whole = all(flags.all() for side in sides for flags in side)
+        whole = rule.stays(*sides)
         if id(call.operation) not in remade:
             made = [constants[id(tensor)] for tensor in call.inputs]
             remade[id(call.operation)] = (copy_layer(rule.layer), None) if whole else rule.remake(*sides, made)

@@ -284,6 +284,16 @@ def test_attention(arguments):
     assert small.get_layer("attention").output_dense.kernel.shape[-1] == output.shape[-1] - 1
 
 
+def test_heads_go_alone():
+    model = attention_model()
+    attention = model.get_layer("attention")
+    output = ops.convert_to_numpy(attention.output_dense.kernel).copy()
+    output[1] = 0
+    attention.output_dense.kernel.assign(output)
+    small = check(model, {"q": (3, 6), "v": (3, 7)})
+    assert small.get_layer("attention").num_heads == 2
+
+
 # Graphs.
 
 
