@@ -175,7 +175,7 @@ def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Cal
         A new model; Sequential if `model` is and the new operations make a chain.
     """
     functional = functional_of(model)
-    inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name) for tensor in functional.inputs]
+    inputs = [_input_like(tensor) for tensor in functional.inputs]
     made = dict(zip(map(id, functional.inputs), inputs))
     for call in graph.calls:
         args, kwargs = call.fill_in(made)
@@ -187,6 +187,20 @@ def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Cal
     if isinstance(model, keras.Sequential) and (layers := _chain(ends[1])) is not None:
         return keras.Sequential([inputs[0], *layers], name=model.name)
     return keras.Model(*ends, name=model.name)
+
+
+def _input_like(tensor: Any) -> Any:
+    layer = tensor._keras_history.operation
+    made = keras.Input(
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        sparse=tensor.sparse,
+        name=layer.name,
+        optional=getattr(layer, "optional", False),
+    )
+    # Where the user gave no name, that of the layer is another.
+    made.name = tensor.name
+    return made
 
 
 def _chain(output: Any) -> list | None:

@@ -67,3 +67,12 @@ def test_inputs_that_are_looked_up_by_their_names():
     assert [call.operation for call in graph_of(model).calls] == [inner]
     model = keras.Model([one, other], inner((one, other)))
     assert len(graph_of(model).calls) == 3
+
+
+def test_inputs_keep_their_names():
+    unnamed, named = keras.Input((4,)), keras.Input((4,), name="named", optional=True)
+    model = keras.Model([unnamed, named], L.Add(name="sum")([unnamed, named]))
+    again = remake(model, graph_of(model), lambda call: call.operation)
+    assert [layer.name for layer in again.layers] == [layer.name for layer in model.layers]
+    assert [tensor.name for tensor in again.inputs] == [tensor.name for tensor in model.inputs]
+    assert [tensor._keras_history.operation.optional for tensor in again.inputs] == [False, True]
