@@ -37,11 +37,15 @@ PIECE = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How to prune: the arguments of `keras_renorm.prune`, resolved."""
+    """How to prune: the arguments of `keras_renorm.prune`, resolved. `names`, by the `id` of a layer, is for reports."""
 
     criterion: Any
     group: str
     renormalize: Any
+    names: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def name_of(self, layer: keras.Layer) -> str:
+        return self.names.get(id(layer), layer.name)
 
 
 def prune_calibrated(
@@ -197,7 +201,7 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
             silence_normalization(site.normalization[1], ~mask.any(axis=1).reshape(-1))
     layer = site.target.layer if site.target else site.pruned
     return LayerReport(
-        layer=layer.name,
+        layer=rule.name_of(layer),
         kernel=name_within(twin.kernel, layer),
         weights=matrix.size,
         kept=int(np.count_nonzero(mask)),

@@ -59,6 +59,12 @@ class Rule:
         """The variables of the weights that stand between channels."""
         return [getattr(self.layer, name) for name in self.weights]
 
+    @property
+    def makers(self) -> list[keras.Variable]:
+        """The kernels whose units are the channels of the output."""
+        names = ("kernel", "pointwise_kernel", "embeddings") if self.known else ()
+        return [getattr(self.layer, name) for name in names if hasattr(self.layer, name)]
+
     def live(self, variable: keras.Variable) -> np.ndarray:
         return _numpy(variable) != 0 if self._live is None else self._live(variable)
 
@@ -84,10 +90,14 @@ class Rule:
         """What has to be kept beyond what is asked for, as the layer cannot do otherwise."""
         return [np.ones_like(one) for one in inputs], [np.ones_like(one) for one in outputs]
 
+    def stays(self, inputs: list[Flags], outputs: list[Flags]) -> bool:
+        """Whether the layer stays what it is, as all channels do."""
+        return all(flags.all() for flags in (*inputs, *outputs))
+
     def remake(self, inputs: list[Flags], outputs: list[Flags], constants: list[Values]) -> tuple[Any, list[np.ndarray]]:
         """The layer for the channels that are kept, not built yet, and the values of its weights in their order.
 
-        It is asked only where some channels go.
+        It is asked only where the layer does not stay what it is.
         """
         raise NotImplementedError
 
@@ -513,6 +523,9 @@ class Attention(Rule):
     def tie(self, inputs, outputs):
         return [one if roles else np.ones_like(one) for one, roles in zip(inputs, self.roles)], outputs
 
+    def stays(self, inputs, outputs):
+        return self.heads.all() and super().stays(inputs, outputs)
+
     def remake(self, inputs, outputs, constants):
         (kept,) = outputs
         layer = self.anew(num_heads=int(self.heads.sum()), output_shape=(int(kept.sum()),))
@@ -694,6 +707,23 @@ def find_ties(model: keras.Model) -> Ties:
     if functional is None:
         return Ties({}, set(), {})
     graph = graph_of(model)
+    rules = [rule_of(call) for call in graph.calls]
+    root = tied_tensors(rules)
+    made, normalizations = {}, {}
+    for rule in rules:
+        inputs, outputs = rule.call.inputs, rule.call.outputs
+        if isinstance(rule.layer, L.BatchNormalization) and rule.known:
+            normalizations.setdefault(id(inputs[0]), []).append(rule.layer)
+        made.update((id(variable), id(outputs[0])) for variable in rule.makers)
+    return Ties(
+        {key: root(tensor) for key, tensor in made.items()},
+        {root(graph.canonical(tensor)) for tensor in functional.outputs},
+        {key: normalizations.get(tensor, []) for key, tensor in made.items()},
+    )
+
+
+def tied_tensors(rules: list[Rule]) -> Callable[[int], int]:
+    """Gives for the `id` of a tensor a number that tensors share whose channels come and go together, one by one."""
     roots: dict[int, int] = {}
 
     def root(key):
@@ -701,27 +731,15 @@ def find_ties(model: keras.Model) -> Ties:
             key = roots[key]
         return key
 
-    def join(tensors):
+    for rule in rules:
+        tensors = [*rule.call.outputs]
+        if isinstance(rule, ChannelByChannel):
+            tensors += [tensor for tensor, wide in zip(rule.call.inputs, rule.wide) if wide]
+        elif isinstance(rule, Depthwise) and rule.times == 1:
+            tensors += rule.call.inputs
         first, *rest = {root(id(tensor)) for tensor in tensors}
         roots.update(dict.fromkeys(rest, first))
-
-    made, normalizations = {}, {}
-    for rule in map(rule_of, graph.calls):
-        inputs, outputs = rule.call.inputs, rule.call.outputs
-        if isinstance(rule, ChannelByChannel):
-            join([*(tensor for tensor, wide in zip(inputs, rule.wide) if wide), *outputs])
-        elif isinstance(rule, Depthwise) and rule.times == 1:
-            join([*inputs, *outputs])
-        if isinstance(rule.layer, L.BatchNormalization) and rule.known:
-            normalizations.setdefault(id(inputs[0]), []).append(rule.layer)
-        for name in ("kernel", "pointwise_kernel", "embeddings"):
-            if rule.known and hasattr(rule.layer, name):
-                made[id(getattr(rule.layer, name))] = id(outputs[0])
-    return Ties(
-        {key: root(tensor) for key, tensor in made.items()},
-        {root(graph.canonical(tensor)) for tensor in functional.outputs},
-        {key: normalizations.get(tensor, []) for key, tensor in made.items()},
-    )
+    return root
 
 
 def _usable_kernel(call: Call) -> type | None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
+from keras.src.models import Functional
 
 from keras_renorm import validation
-from keras_renorm.arrays import for_another
-from keras_renorm.channels import Rule, rule_of
+from keras_renorm.arrays import as_array, for_another
+from keras_renorm.channels import Rule, rule_of, tied_tensors
 from keras_renorm.comparing import check_same
 from keras_renorm.conversion import compile_like, strip
 from keras_renorm.copying import Copier
 from keras_renorm.graph import Graph, check_graph, functional_of, graph_of, remake
+from keras_renorm.layers.kernels import Kernel
 from keras_renorm.layers.masked import masked_layers
 from keras_renorm.tables import format_table
 
@@ -92,6 +96,12 @@ def compact(model: keras.Model) -> keras.Model:
     """
     validation.check_model(model)
     check_graph(model)
+    if type(model) not in (keras.Sequential, Functional):
+        warnings.warn(
+            f"Model '{model.name}' is a {type(model).__name__}, the smaller one a plain one: what the class adds (such as its "
+            "own `train_step`) is not carried over.",
+            stacklevel=2,
+        )
     plain = strip(model) if masked_layers(model) else model
     graph = graph_of(plain)
     rules = [rule_of(call) for call in graph.calls]
@@ -107,12 +117,65 @@ def compact(model: keras.Model) -> keras.Model:
     return smaller
 
 
+def units_that_stay(model: keras.Model, kernels: list[Kernel]) -> dict[int, str]:
+    """Which kernels have units without weights that `compact` cannot take out, and why, by the `id` of their variables.
+
+    Args:
+        model: a built model.
+        kernels: kernels of it.
+    """
+    dead = {}
+    for kernel in kernels:
+        units = ~(as_array(kernel.variable) != 0).any(axis=kernel.input_axes).reshape(-1)
+        if units.any():
+            dead[id(kernel.variable)] = units
+    if functional_of(model) is None:
+        return dict.fromkeys(dead, f"the graph of a {type(model).__name__} cannot be seen from outside")
+    graph = graph_of(model)
+    rules = [rule_of(call) for call in graph.calls] if dead else []
+    _, kept = _channels_to_keep(model, graph, rules)
+    made_by = {id(variable): rule for rule in rules for variable in rule.makers}
+    root = tied_tensors(rules)
+    outputs = {root(graph.canonical(tensor)) for tensor in functional_of(model).outputs}
+    found = {}
+    for key, units in dead.items():
+        if key not in made_by:
+            found[key] = "these layers stay whole, or are inside one that does"
+            continue
+        tensor = id(made_by[key].call.outputs[0])
+        # One unit stays in any case.
+        if np.count_nonzero(kept[tensor] & units) > int(units.all()):
+            holding = ["outputs of the model"] if root(tensor) in outputs else []
+            holding += [f"inputs or outputs of '{name}'" for name in _holding(rules, root, root(tensor))]
+            found[key] = f"their units are {', '.join(holding)}" if holding else "their outputs are constant, but not zero"
+    return found
+
+
+def _holding(rules: list[Rule], root: Callable[[int], int], group: int) -> list[str]:
+    """The layers that need all channels of tensors of one group."""
+    names = []
+    for rule in rules:
+        sides = (rule.call.inputs, rule.call.outputs)
+        answers = rule.tie(*([np.zeros(_size(tensor), bool) for tensor in side] for side in sides))
+        if any(
+            flags.all() and root(id(tensor)) == group
+            for side, answer in zip(sides, answers)
+            for tensor, flags in zip(side, answer)
+        ):
+            names.append(rule.layer.name)
+    return list(dict.fromkeys(names))
+
+
+def _size(tensor: Any) -> int:
+    return (tensor.shape[-1] or 1) if len(tensor.shape) else 1
+
+
 def _channels_to_keep(model: keras.Model, graph: Graph, rules: list[Rule]) -> tuple[dict, dict]:
     """By the `id` of each tensor: the values of its constant channels, and which channels are kept."""
     functional = functional_of(model)
     tensors = {id(tensor): tensor for rule in rules for tensor in (*rule.call.inputs, *rule.call.outputs)}
     tensors.update((id(tensor), tensor) for tensor in functional.inputs)
-    sizes = {key: (tensor.shape[-1] or 1) if len(tensor.shape) else 1 for key, tensor in tensors.items()}
+    sizes = {key: _size(tensor) for key, tensor in tensors.items()}
     constants = {key: np.full(size, np.nan) for key, size in sizes.items()}
     for rule in rules:
         made = rule.constants([constants[id(tensor)] for tensor in rule.call.inputs])
@@ -156,7 +219,7 @@ def _rebuild(
     def operation_for(call):
         rule = next(waiting)
         sides = [[kept[id(tensor)] for tensor in side] for side in (call.inputs, call.outputs)]
-        whole = all(flags.all() for side in sides for flags in side)
+        whole = rule.stays(*sides)
         if id(call.operation) not in remade:
             made = [constants[id(tensor)] for tensor in call.inputs]
             remade[id(call.operation)] = (copier.copy(rule.layer), None) if whole else rule.remake(*sides, made)

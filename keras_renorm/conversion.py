@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from keras_renorm.graph import users_of
 from keras_renorm.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
 from keras_renorm.layers.kernels import Kernel, find_kernels
 from keras_renorm.layers.masked import PRUNING_ARGUMENTS, MaskedLayer, masked_layers, plain_values, plain_variables
-from keras_renorm.targets import choose_patterns
+from keras_renorm.targets import choose_patterns, is_named, names_of
 
 _DROP_IN = {cls.plain_class: cls for cls in (PrunableDense, PrunableConv2D)}
 _REBUILT = (keras.Sequential, Functional)
@@ -44,8 +43,9 @@ def to_prunable(
 
     Args:
         model: a built Sequential or Functional model; models inside it are converted too.
-        layers: which layers: a name (or glob, such as `"block_*"`), a layer class, a predicate `layer -> bool`, or a list
-            of these; `None` for all that have something to prune. A chosen layer that cannot be pruned stays as it is, and a
+        layers: which layers: a name (or glob, such as `"block_*"`; `"user/fc1"` is layer `"fc1"` of the model `"user"` in
+            it), a layer class, a predicate `layer -> bool`, or a list of these; `None` for all that have something to prune,
+            but not for position embeddings and class tokens. A chosen layer that cannot be pruned stays as it is, and a
             warning lists it.
         pruning_schedule: when to prune and how much; `None` leaves it to `keras_renorm.callbacks.UpdatePruning`.
         criterion: what scores the weights.
@@ -286,8 +286,9 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
     """
     selectors = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
     candidates = list(outermost_layers(model))
+    names = names_of(model)
     for selector in selectors:
-        if isinstance(selector, str) and not any(fnmatch.fnmatchcase(layer.name, selector) for layer in candidates):
+        if isinstance(selector, str) and not any(is_named(names[id(layer)], selector) for layer in candidates):
             raise ValueError(
                 f"Argument `{argument}` names no layer of model '{model.name}'. Received: {selector!r}. Its layers are: "
                 f"{[layer.name for layer in candidates]}."
@@ -295,7 +296,7 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
     chosen, refused = {}, []
     kernels = kernels_by_layer(model)
     for layer in candidates:
-        if isinstance(layer, MaskedLayer) or not any(_selects(selector, layer) for selector in selectors):
+        if isinstance(layer, MaskedLayer) or not any(_selects(selector, layer, names[id(layer)]) for selector in selectors):
             continue
         found = kernels[id(layer)]
         if isinstance(found, ValueError):
@@ -314,11 +315,11 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
     return chosen
 
 
-def _selects(selector: Any, layer: keras.Layer) -> bool:
+def _selects(selector: Any, layer: keras.Layer, names: list[str]) -> bool:
     if selector is None:
         return True
     if isinstance(selector, str):
-        return fnmatch.fnmatchcase(layer.name, selector)
+        return is_named(names, selector)
     if isinstance(selector, type):
         return isinstance(layer, selector)
     if isinstance(selector, keras.Layer):

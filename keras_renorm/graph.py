@@ -129,14 +129,29 @@ def users_of(model: keras.Model) -> dict[int, list[Any]]:
 
 
 def _takes_as_they_are(within: Functional, node: Any) -> bool:
-    """Whether a model gives to its layers what it is called with: it may cast, add axes, or be given masks."""
+    """Whether a model gives to its layers what it is called with: it may cast, add axes, look inputs up by their names."""
     given = node.input_tensors
     others = [value for name, value in node.arguments.kwargs.items() if name != "training"]
     return (
         len(given) == len(within.inputs)
+        and len(node.arguments.args) == 1
+        and _in_the_same_order(within._inputs_struct, node.arguments.args[0])
         and all(value is None for value in keras.tree.flatten(others))
         and all(one.dtype == other.dtype and len(one.shape) == len(other.shape) for one, other in zip(given, within.inputs))
     )
+
+
+def _in_the_same_order(wanted: Any, given: Any) -> bool:
+    if isinstance(wanted, dict) or isinstance(given, dict):
+        return (
+            isinstance(wanted, dict)
+            and isinstance(given, dict)
+            and wanted.keys() == given.keys()
+            and all(_in_the_same_order(wanted[key], given[key]) for key in wanted)
+        )
+    if isinstance(wanted, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(wanted) == len(given) and all(map(_in_the_same_order, wanted, given))
+    return True
 
 
 def _used_by(call: Call, parts: dict[int, Any]) -> set[int]:
@@ -178,7 +193,7 @@ def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Cal
         A new model; Sequential if `model` is and the new operations make a chain.
     """
     functional = functional_of(model)
-    inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name) for tensor in functional.inputs]
+    inputs = [_input_like(tensor) for tensor in functional.inputs]
     made = dict(zip(map(id, functional.inputs), inputs))
     for call in graph.calls:
         args, kwargs = call.fill_in(made)
@@ -190,6 +205,20 @@ def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Cal
     if isinstance(model, keras.Sequential) and (layers := _chain(ends[1])) is not None:
         return keras.Sequential([inputs[0], *layers], name=model.name)
     return keras.Model(*ends, name=model.name)
+
+
+def _input_like(tensor: Any) -> Any:
+    layer = tensor._keras_history.operation
+    made = keras.Input(
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        sparse=tensor.sparse,
+        name=layer.name,
+        optional=getattr(layer, "optional", False),
+    )
+    # Where the user gave no name, that of the layer is another.
+    made.name = tensor.name
+    return made
 
 
 def _chain(output: Any) -> list | None:

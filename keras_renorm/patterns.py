@@ -29,8 +29,8 @@ class Pattern(serialization.Configurable):
 
     @property
     def by_units(self) -> bool:
-        """Whether whole units go."""
-        return self.units_per_cell is None
+        """Whether whole units go, all weights of each: there is one cell for all inputs, as it says itself."""
+        return self.units_per_cell is None and len(self.cells(np.ones((6, 8), np.float32))) == 1
 
     def cells(self, scores: np.ndarray) -> np.ndarray:
         """One score a cell, as a matrix with units last; `inf` marks a cell that always stays.

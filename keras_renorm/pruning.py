@@ -16,6 +16,7 @@ from keras_renorm.arrays import as_array, for_another, masked
 from keras_renorm.calibrated import Rule, prune_calibrated, silence_normalization
 from keras_renorm.calibration import OutputError, Samples, warn_of_odd_samples
 from keras_renorm.channels import Ties, find_ties, walk_back
+from keras_renorm.compaction import units_that_stay
 from keras_renorm.conversion import choose_layers, copy_model, kernels_by_layer, outermost_layers, strip
 from keras_renorm.criteria import CalibratedCriterion
 from keras_renorm.criteria.base import score
@@ -27,7 +28,7 @@ from keras_renorm.renorm import CalibratedRenormalizer
 from keras_renorm.report import LayerReport, PruningReport, describe
 from keras_renorm.scoring import Seen, see
 from keras_renorm.sites import Target
-from keras_renorm.targets import by_name, choose_patterns
+from keras_renorm.targets import by_name, choose_patterns, names_of, unique_names
 
 
 def prune(
@@ -56,14 +57,16 @@ def prune(
     Args:
         model: a built model: Sequential, Functional, or a subclassed one with a `get_config()`.
         sparsity: fraction of the weights to remove, in [0, 1), over all kernels of the chosen layers; or a dict of layer name
-            (or glob) to sparsity, to prune those layers alone; a name goes before a glob, an earlier glob before a later one.
+            (or glob) to sparsity, to prune those layers alone; a name goes before a glob, an earlier glob before a later one;
+            `"user/fc1"` is layer `"fc1"` of the model `"user"` within this one.
             `None` with a criterion that chooses the count itself.
         criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`; with samples also
             `"activation"`, `"activity"`, `"obs"` and `"admm"`, and `keras_renorm.criteria.Activity(share)`, which chooses the
             count itself. `"auto"` is `"admm"` with samples, else `"magnitude"`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance. With
             `"unit"`, units that meet in sums go together, what is gone gives zero (`keras_renorm.compact` then takes it out),
-            and layers that make the model's outputs stay whole, unless `layers` names them. Or a dict of layer name (or glob)
+            and layers that make the model's outputs stay whole, unless `layers` names them. Notes of the report say which
+            units `compact` cannot take out, and why. Or a dict of layer name (or glob)
             to pattern; layers that it does not name are `"unstructured"`.
         group: `"layer"` or `"unit"`: which weights compete with each other.
         allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
@@ -137,6 +140,7 @@ def prune(
         if calibrated:
             warn_of_odd_samples(model, samples)
         pruned, copies = copy_model(model)
+        rule = dataclasses.replace(rule, names=unique_names(pruned))
         targets = _targets(pruned, {copies[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
         for one in targets:
             if one.sparsity is not None:
@@ -166,7 +170,9 @@ def prune(
             _silence(targets, ties)
         if calibrated and isinstance(rule.renormalize, CalibratedRenormalizer):
             rows, notes, errors = _unless_plain_is_nearer(pruned, twins, targets, rows, rule, distance, ties)
-    order = [layer.name for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
+    if ties:
+        notes += _notes_on_units(pruned, targets, rule)
+    order = [rule.name_of(layer) for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
     rows = tuple(sorted(rows, key=lambda row: order.index(row.layer)))
     pruned.pruning_report = PruningReport(rows, **errors, notes=tuple(notes))
     return pruned
@@ -178,7 +184,8 @@ def _targets(
     found = kernels_by_layer(model)
     kernels = [(layer, kernel) for layer in patterns_of for kernel in found[id(layer)]]
     if isinstance(sparsity, dict):
-        sparsities = [by_name(sparsity, layer) for layer, _ in kernels]
+        names = names_of(model)
+        sparsities = [by_name(sparsity, names[id(layer)]) for layer, _ in kernels]
     elif sparsity is None:
         sparsities = [None] * len(kernels)
     else:
@@ -251,6 +258,20 @@ def _silence(targets: list[Target], ties: Ties) -> None:
                 bias.assign(np.where(alive, as_array(bias), 0))
         for layer in ties.normalizations.get(id(variable), []):
             silence_normalization(layer, ~alive)
+
+
+def _notes_on_units(model: keras.Model, targets: list[Target], rule: Rule) -> tuple[str, ...]:
+    """Say where whole units went for nothing: `compact` cannot take them out."""
+    by_units = [target for target in targets if target.by_units]
+    reasons = units_that_stay(model, [target.kernel for target in by_units])
+    layers: dict[str, list[str]] = {}
+    for target in by_units:
+        if id(target.kernel.variable) in reasons:
+            layers.setdefault(reasons[id(target.kernel.variable)], []).append(rule.name_of(target.layer))
+    return tuple(
+        f"`keras_renorm.compact` cannot take out the units that {list(dict.fromkeys(names))} lost: {reason}."
+        for reason, names in layers.items()
+    )
 
 
 def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> list[LayerReport]:
@@ -407,7 +428,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
     kept = masked(values, mask)
     variable.assign(np.multiply(kept, scale, out=kept))
     return LayerReport(
-        layer=target.layer.name,
+        layer=rule.name_of(target.layer),
         kernel=name_within(variable, target.layer),
         weights=mask.size,
         kept=int(np.count_nonzero(mask)),

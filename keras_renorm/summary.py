@@ -14,6 +14,7 @@ from keras_renorm.delivery import shortfall
 from keras_renorm.layers.kernels import name_within
 from keras_renorm.layers.masked import MaskedLayer, masked_layers
 from keras_renorm.tables import format_table
+from keras_renorm.targets import unique_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +93,18 @@ def summary(model: keras.Model) -> Summary:
     """
     validation.check_model(model)
     rows, notes = {}, []
+    names = unique_names(model)
     kernels = kernels_by_layer(model)
     for layer in outermost_layers(model):
         parts, found = masked_layers(layer), kernels[id(layer)]
-        made = [(kernel, _masked_row(layer, part, kernel)) for part in parts for kernel in part.masked_kernels]
+        made = [
+            (kernel, _masked_row(layer, names[id(layer)], part, kernel)) for part in parts for kernel in part.masked_kernels
+        ]
         if not made and isinstance(found, ValueError):
             notes.append(f"Not pruned: {found}.")
             continue
         # What is only added to inputs counts where it was pruned.
-        plain = [] if made else [(kernel, _plain_row(layer, kernel)) for kernel in found]
+        plain = [] if made else [(kernel, _plain_row(layer, name, kernel)) for kernel in found]
         made += [(kernel, row) for kernel, row in plain if row.sparsity or not kernel.added]
         # A kernel that several layers share counts once.
         for kernel, row in made:
@@ -109,13 +113,13 @@ def summary(model: keras.Model) -> Summary:
     return Summary(tuple(rows.values()), tuple(notes + ([missing] if missing else [])))
 
 
-def _masked_row(layer: keras.Layer, part: MaskedLayer, kernel) -> Row:
+def _masked_row(layer: keras.Layer, name: str, part: MaskedLayer, kernel) -> Row:
     scale = as_array(kernel.scale)
     kept = int(np.count_nonzero(as_array(kernel.mask)))
     limits = (float(scale.min()), float(scale.max()))
-    return Row(layer.name, name_within(kernel.variable, layer), repr(part.pattern), kernel.size, kept, limits)
+    return Row(name, name_within(kernel.variable, layer), repr(part.pattern), kernel.size, kept, limits)
 
 
-def _plain_row(layer: keras.Layer, kernel) -> Row:
+def _plain_row(layer: keras.Layer, name: str, kernel) -> Row:
     kept = int(np.count_nonzero(as_array(kernel.variable)))
-    return Row(layer.name, name_within(kernel.variable, layer), "-", kernel.size, kept, (1.0, 1.0))
+    return Row(name, name_within(kernel.variable, layer), "-", kernel.size, kept, (1.0, 1.0))

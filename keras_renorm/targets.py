@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 from typing import Any
 
 import keras
+from keras.src.models import Functional
 
 from keras_renorm import patterns, validation, xnnpack
 from keras_renorm.graph import functional_of
@@ -41,8 +43,9 @@ def choose_patterns(
                 "dict of layer name to pattern goes before the target."
             )
         pattern = {}
+    names = names_of(model)
     for name in pattern:
-        if not any(fnmatch.fnmatchcase(layer.name, name) for layer in layers):
+        if not any(is_named(names[id(layer)], name) for layer in layers):
             raise ValueError(
                 f"Argument `pattern` names no layer to prune. Received: {name!r}. The layers are: "
                 f"{[layer.name for layer in layers]}."
@@ -50,7 +53,9 @@ def choose_patterns(
     chosen = {name: patterns.get(value) for name, value in pattern.items()}
     has_path = target == "litert" and _has_sparse_path(model)
     found = {
-        id(layer): by_name(chosen, layer, patterns.Unstructured() if target is None else _usable(layer, target, has_path))
+        id(layer): by_name(
+            chosen, names[id(layer)], patterns.Unstructured() if target is None else _usable(layer, target, has_path)
+        )
         for layer in layers
     }
     if not any(found.values()):
@@ -61,10 +66,51 @@ def choose_patterns(
     return found
 
 
-def by_name(table: dict[str, Any], layer: keras.Layer, default: Any = None) -> Any:
-    """What a dict of names and globs has for a layer: its name goes before a glob, an earlier glob before a later one."""
-    globs = (value for name, value in table.items() if fnmatch.fnmatchcase(layer.name, name))
-    return table.get(layer.name, next(globs, default))
+def names_of(model: keras.Model) -> dict[int, list[str]]:
+    """What the layers of a model can be called, by their `id`, the longest name first.
+
+    Layers of models within it are called by their name, and by those of the models around them before it: `"user/fc1"` is the
+    layer `"fc1"` of the model `"user"`.
+    """
+    names: dict[int, list[str]] = {}
+
+    def walk(container, around):
+        for layer in container.layers:
+            path = [*around, layer.name]
+            known = names.setdefault(id(layer), [])
+            known += [name for start in range(len(path)) if (name := "/".join(path[start:])) not in known]
+            if isinstance(layer, (keras.Sequential, Functional)):
+                walk(layer, path)
+
+    walk(model, [])
+    return names
+
+
+def unique_names(model: keras.Model) -> dict[int, str]:
+    """The shortest name of each layer that no other layer has, by its `id`."""
+    names = names_of(model)
+    counts = collections.Counter(name for known in names.values() for name in known)
+    return {key: min(known, key=lambda name: (counts[name], len(name))) for key, known in names.items()}
+
+
+def is_named(names: list[str], name: str) -> bool:
+    """Whether a name or a glob is one of a layer's names."""
+    return any(fnmatch.fnmatchcase(one, name) for one in names)
+
+
+def by_name(table: dict[str, Any], names: list[str], default: Any = None) -> Any:
+    """What a dict of names and globs has for a layer.
+
+    A name goes before a glob, a longer name before a shorter one, an earlier glob before a later one.
+
+    Args:
+        table: the dict.
+        names: the layer's names, as `names_of` gives them.
+        default: what to return if none is there.
+    """
+    exact = (table[name] for name in names if name in table)
+    globs = (value for name, value in table.items() if is_named(names, name))
+    return next(exact, next(globs, default))
 
 
 def _usable(layer: keras.Layer, target: str, has_path: bool) -> patterns.Pattern | None:

@@ -5,7 +5,7 @@ from keras import ops
 
 import keras_renorm as kr
 from keras_renorm.channels import walk_back
-from tests.test_compaction import LAWS, deafen, randomize
+from tests.test_compaction import KERNELS, LAWS, deafen, randomize, sequential
 
 L = keras.layers
 
@@ -166,3 +166,22 @@ def test_units_unread_behind_depthwise_and_prelu(layer):
     assert read["a"] == [False, True, False, True, True, False, False, True]
     kernel = kr.prune(model, {"a": 0.5}, renormalize=None).get_layer("a").kernel
     assert not ops.convert_to_numpy(kernel)[..., [0, 2, 5, 6]].any()
+
+
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_the_walk_and_compact_agree_on_kernels_of_every_kind(name):
+    shape, make = KERNELS[name]
+    pooling = (L.GlobalMaxPooling1D, L.GlobalMaxPooling2D, L.GlobalMaxPooling3D)[len(shape) - 2]
+    model = sequential(shape, make(5, "a"), L.ReLU(), make(6, "b"), pooling(), L.Dense(4, name="out"))
+    deafen(model.get_layer("out"), [0, 3])
+    seen = {}
+    walk_back(
+        model,
+        lambda layer, read: seen.update({layer.name: int(read.sum())}),
+        lambda variable: ops.convert_to_numpy(variable) != 0,
+    )
+    small = kr.compact(model)
+    # A separable convolution has two kernels and is not visited.
+    assert set(seen) == ({"out"} if "separable" in name else {"a", "b", "out"})
+    assert {layer.name: layer.output.shape[-1] for layer in small.layers if layer.name in ("b", "out")} == {"b": 4, "out": 4}
+    assert {layer.name: layer.output.shape[-1] for layer in small.layers if layer.name in seen} == seen

@@ -374,6 +374,16 @@ def test_units_on_both_sides_of_a_depthwise_convolution_meet_in_sums(multiplier,
     assert ties.of_outputs == {groups["b"]}
 
 
+def test_heads_go_alone():
+    model = attention_model()
+    attention = model.get_layer("attention")
+    output = ops.convert_to_numpy(attention.output_dense.kernel).copy()
+    output[1] = 0
+    attention.output_dense.kernel.assign(output)
+    small = check(model, {"q": (3, 6), "v": (3, 7)})
+    assert small.get_layer("attention").num_heads == 2
+
+
 # Graphs.
 
 
@@ -503,6 +513,25 @@ def test_subclassed_models_are_refused():
         kr.compact(model)
     with pytest.raises(TypeError, match=r"must be a `keras.Model`"):
         kr.compact("model")
+
+
+def test_subclasses():
+    class WithACall(keras.Model):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    class WithAStep(keras.Sequential):
+        pass
+
+    inputs = keras.Input((3,))
+    with pytest.raises(ValueError, match=r"must be a Sequential or Functional model.*WithACall"):
+        kr.compact(WithACall(inputs, L.Dense(2)(inputs)))
+    with pytest.warns(UserWarning, match=r"is a WithAStep, the smaller one a plain one"):
+        assert type(kr.compact(WithAStep([keras.Input((3,)), L.Dense(2)]))) is keras.Sequential
+    # Within a model it stays what it is.
+    doubling = WithACall(inputs, L.Dense(3)(inputs))
+    graph = keras.Model(inputs, L.Dense(2)(doubling(L.Dense(3)(inputs))))
+    assert doubling in graph.layers
 
 
 # Together with the rest.

@@ -1,6 +1,8 @@
+import keras
 import numpy as np
 import pytest
 
+import keras_renorm as kr
 from keras_renorm import patterns
 from keras_renorm.masks import compute_mask
 
@@ -181,3 +183,50 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_a_pattern_must_be_a_pattern():
     with pytest.raises(ValueError, match="must be one of"):
         patterns.get(lambda scores: scores)
+
+
+class Columns(kr.patterns.Pattern):
+    """Whole units, as a pattern of one's own."""
+
+    units_per_cell = None
+
+    def cells(self, scores):
+        return super().cells(scores).max(axis=0, keepdims=True)
+
+    def any(self, flags):
+        return super().any(flags).any(axis=0, keepdims=True)
+
+    def expand(self, kept, shape):
+        return np.broadcast_to(kept.reshape(-1), shape).copy()
+
+
+class Rows(kr.patterns.Pattern):
+    """Whole inputs, whose cells span all units."""
+
+    units_per_cell = None
+
+    def cells(self, scores):
+        return super().cells(scores).sum(axis=1, keepdims=True)
+
+
+def test_which_patterns_remove_units():
+    assert [kr.patterns.get(name).by_units for name in ("unstructured", "block", "n_of_m", "unit")] == [False] * 3 + [True]
+    assert kr.patterns.Block((8, 1)).by_units is False
+    assert Columns().by_units
+    assert not Rows().by_units
+
+
+def test_units_of_a_pattern_of_ones_own_give_zero_and_can_go():
+    inputs = keras.Input((5,))
+    x = keras.layers.Add()([keras.layers.Dense(8, name=name)(inputs) for name in "ab"])
+    model = keras.Model(inputs, keras.layers.Dense(3, name="out")(x))
+    for name in "ab":
+        model.get_layer(name).bias.assign(np.ones(8))
+    pruned = kr.prune(model, 0.5, pattern=Columns(), allocation="uniform")
+    dead = [~keras.ops.convert_to_numpy(pruned.get_layer(name).kernel).any(axis=0) for name in "ab"]
+    # Those of a sum go together, with their biases; the model's outputs stay.
+    np.testing.assert_array_equal(*dead)
+    assert dead[0].sum() == 4
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(pruned.get_layer("a").bias), ~dead[0])
+    assert [row.layer for row in pruned.pruning_report.rows] == ["a", "b"]
+    assert kr.compact(pruned).get_layer("a").kernel.shape == (5, 4)

@@ -273,3 +273,37 @@ def test_the_size_of_the_weights_changes_nothing(size, how):
     kernel = model.get_layer("a").kernel
     kernel.assign(kernel.numpy() * np.float32(size))
     np.testing.assert_allclose(kr.prune(model, 0.5, **how).get_layer("a").kernel.numpy() / np.float32(size), wanted, rtol=1e-5)
+
+
+def test_the_report_says_which_units_cannot_be_taken_out():
+    inputs = keras.Input((6,))
+    a, b = (keras.layers.Dense(8, name=name)(inputs) for name in "ab")
+    x = keras.layers.LayerNormalization(name="ln")(keras.layers.Add()([a, b]))
+    x = keras.layers.Dense(8, name="free")(x)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="out")(x))
+    (note,) = kr.prune(model, 0.5, pattern="unit").pruning_report.notes
+    assert (
+        note
+        == "`keras_renorm.compact` cannot take out the units that ['a', 'b'] lost: their units are inputs or outputs of 'ln'."
+    )
+    (note,) = kr.prune(model, 0.5, pattern="unit", layers="out").pruning_report.notes
+    assert "['out'] lost: their units are outputs of the model." in note
+    report = kr.prune(model, 0.5, pattern="unit", layers="free").pruning_report
+    assert report.notes == kr.prune(model, 0.5).pruning_report.notes == ()
+    attention = keras.layers.MultiHeadAttention(2, 3, name="attention")
+    sequence = keras.Input((4, 6))
+    model = keras.Model(sequence, keras.layers.Dense(2)(attention(sequence, sequence)))
+    report = kr.prune(model, 0.5, pattern="unit").pruning_report
+    assert "['attention'] lost: these layers stay whole" in str(report)
+
+
+def test_units_of_a_model_called_on_its_own_inputs():
+    base = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, name="a"), keras.layers.Dense(16, name="b")])
+    (inputs,) = base.inputs
+    model = keras.Model(inputs, keras.layers.Dense(4, name="out")(base(inputs)))
+    pruned = kr.prune(model, 0.5, pattern="unit", allocation="uniform")
+    small = kr.compact(pruned)
+    assert [small.get_layer(name).kernel.shape for name in ("a", "b", "out")] == [(8, 8), (8, 8), (8, 4)]
+    x = np.random.default_rng(0).standard_normal((5, 8)).astype("float32")
+    np.testing.assert_allclose(pruned.predict_on_batch(x), small.predict_on_batch(x), atol=1e-5)
+    assert [row.layer for row in kr.prune(model, 0.5, target="litert").pruning_report.rows] == ["a", "b", "out"]

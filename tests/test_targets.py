@@ -1,8 +1,10 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_renorm as kr
+from keras_renorm import targets
 from tests.test_xnnpack import mobile
 
 L = keras.layers
@@ -113,3 +115,48 @@ def test_a_target_that_leaves_all_whole():
     for function in (lambda: kr.prune(model, 0.5, target="litert"), lambda: kr.to_prunable(model, target="litert")):
         with pytest.raises(ValueError, match="no use for zeros in any of the layers .'only'.*Received: target='litert'"):
             function()
+
+
+def towers():
+    def tower(name):
+        return keras.Sequential([keras.Input((8,)), L.Dense(8, name="fc1"), L.Dense(4, name="fc2")], name=name)
+
+    one, other = keras.Input((8,)), keras.Input((8,))
+    x = L.Concatenate()([tower("user")(one), tower("item")(other)])
+    return keras.Model([one, other], L.Dense(2, name="out")(x))
+
+
+def zeros(model, tower, layer):
+    return 1 - np.count_nonzero(ops.convert_to_numpy(model.get_layer(tower).get_layer(layer).kernel)) / 64
+
+
+def test_two_towers_of_equal_names():
+    model = towers()
+    pruned = kr.prune(model, {"user/fc1": 0.75, "fc1": 0.25, "item/*": 0.5})
+    assert [zeros(pruned, tower, "fc1") for tower in ("user", "item")] == [0.75, 0.25]
+    rows = {row.layer: row.sparsity for row in pruned.pruning_report.rows}
+    assert rows == {"user/fc1": 0.75, "item/fc1": 0.25, "item/fc2": 0.5}
+    assert [row.layer for row in kr.summary(pruned).rows] == ["user/fc1", "user/fc2", "item/fc1", "item/fc2", "out"]
+    pruned = kr.prune(model, 0.5, layers="user/fc1", pattern={"user/fc1": "unit"})
+    assert [zeros(pruned, tower, "fc1") for tower in ("user", "item")] == [0.5, 0]
+    prunable = kr.to_prunable(model, pattern={"item/*": "n_of_m"})
+    found = [prunable.get_layer(tower).get_layer("fc1").pattern for tower in ("user", "item")]
+    assert found == [kr.patterns.Unstructured(), kr.patterns.NOfM()]
+    with pytest.raises(ValueError, match="names no layer"):
+        kr.prune(model, {"shop/fc1": 0.5})
+
+
+def test_names_of_layers_in_models_within_models():
+    inner = keras.Sequential([keras.Input((3,)), L.Dense(3, name="fc")], name="inner")
+    outer = keras.Sequential([keras.Input((3,)), inner, L.Dense(3, name="fc")], name="outer")
+    model = keras.Sequential([keras.Input((3,)), outer, L.Dense(2, name="fc")], name="model")
+    names = targets.names_of(model)
+    assert names[id(inner.layers[0])] == ["outer/inner/fc", "inner/fc", "fc"]
+    assert targets.by_name({"fc": 1, "inner/fc": 2, "outer/*": 3}, names[id(inner.layers[0])]) == 2
+    assert targets.by_name({"outer/*": 3, "*": 4}, names[id(outer.layers[1])]) == 3
+    unique = targets.unique_names(model)
+    assert [unique[id(layer)] for layer in (inner.layers[0], outer.layers[1], model.layers[1])] == [
+        "inner/fc",
+        "outer/fc",
+        "fc",
+    ]
