@@ -37,6 +37,7 @@ class Samples:
 
     def __init__(self, data: Any, model: keras.Model, batch_size: int):
         self._inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+        self._structure = getattr(model, "_inputs_struct", None)
         self._name = model.name
         self._spool = None
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
@@ -117,7 +118,13 @@ class Samples:
                 f"{len(self._inputs)}. Received {len(leaves)} arrays, of shapes {[leaf.shape for leaf in leaves]}. (Batches "
                 "of one input are put together with `np.concatenate`, or come as a generator.)"
             )
-        if len(leaves) == 1:
+        if (
+            self._structure is not None
+            and len(leaves) == len(self._inputs)
+            and (len(leaves) == 1 or not isinstance(batch, dict))
+        ):
+            batch = keras.tree.pack_sequence_as(self._structure, leaves)
+        elif len(leaves) == 1:
             batch = leaves[0]
         for leaf, wanted in zip(leaves, self._inputs):
             if not _fits(leaf.shape, tuple(wanted.shape)):
@@ -350,7 +357,7 @@ def observe(
         original = layer.call
 
         def call(*args, **kwargs):
-            inputs = args[0] if args else kwargs["inputs"]
+            inputs = args[0] if args else next(iter(kwargs.values()))
             if not outputs and len(seen) + 1 == calls:
                 seen.append(Call(layer, inputs, None))
                 raise _Enough
@@ -369,16 +376,20 @@ def observe(
 
         object.__setattr__(layer, "call", call)
 
-    watched = []
+    # A layer may be named twice, and may have a `call` of its own, beside that of its class.
+    layers = list({id(layer): layer for layer in layers}.values())
+    own = [layer.__dict__.get("call") for layer in layers]
     try:
         for layer in layers:
             watch(layer)
-            watched.append(layer)
         with contextlib.suppress(_Enough), _without_gradients():
             run()
     finally:
-        for layer in watched:
-            object.__delattr__(layer, "call")
+        for layer, before in zip(layers, own):
+            if before is not None:
+                object.__setattr__(layer, "call", before)
+            else:
+                layer.__dict__.pop("call", None)
     return seen
 
 
