@@ -71,8 +71,8 @@ def prune(
             mean of uniform and erk), or a callable (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
         renormalize: `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning; with samples also `"moments"` and `"lstsq"`.
             `"auto"` is `"lstsq"` with samples, else the data-free one that measures best: `L2()` with `group="unit"`,
-            `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, your own layers) get
-            the latter where the outputs for the samples are then nearer than without.
+            `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, your own layers)
+            get the latter where the outputs for the samples are then nearer than without.
         calibration: unlabelled samples: an array, a list or a dict of arrays (one an input), a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or a generator of batches; of batches `(x, y)`, `x` is taken.
         layers: which layers, as in `keras_renorm.to_prunable`.
