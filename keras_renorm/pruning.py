@@ -412,7 +412,10 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
             description=_name(target.kernel, target.layer),
         )
     kept = masked(values, mask)
-    variable.assign(np.multiply(kept, scale, out=kept))
+    with np.errstate(over="ignore"):
+        np.multiply(kept, scale, out=kept)
+    validation.check_finite(kept, f"{_name(target.kernel, target.layer)}, scaled by {renormalize!r},")
+    variable.assign(kept)
     return LayerReport(
         layer=target.layer.name,
         kernel=name_within(variable, target.layer),

@@ -273,3 +273,10 @@ def test_the_size_of_the_weights_changes_nothing(size, how):
     kernel = model.get_layer("a").kernel
     kernel.assign(kernel.numpy() * np.float32(size))
     np.testing.assert_allclose(kr.prune(model, 0.5, **how).get_layer("a").kernel.numpy() / np.float32(size), wanted, rtol=1e-5)
+
+
+def test_a_scale_that_leaves_the_range_of_floats_is_refused():
+    model = keras.Sequential([keras.Input((4,)), L.Dense(1, name="a")])
+    model.get_layer("a").kernel.assign(np.full((4, 1), 3e38))
+    with pytest.raises(ValueError, match=r"of layer 'a', scaled by L2\(.*\), holds 2 values that are NaN or infinite"):
+        kr.prune(model, 0.5)
