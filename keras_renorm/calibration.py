@@ -37,6 +37,7 @@ class Samples:
 
     def __init__(self, data: Any, model: keras.Model, batch_size: int):
         self._inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+        self._structure = getattr(model, "_inputs_struct", None)
         self._name = model.name
         self._spool = None
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
@@ -117,7 +118,13 @@ class Samples:
                 f"{len(self._inputs)}. Received {len(leaves)} arrays, of shapes {[leaf.shape for leaf in leaves]}. (Batches "
                 "of one input are put together with `np.concatenate`, or come as a generator.)"
             )
-        if len(leaves) == 1:
+        if (
+            self._structure is not None
+            and len(leaves) == len(self._inputs)
+            and (len(leaves) == 1 or not isinstance(batch, dict))
+        ):
+            batch = keras.tree.pack_sequence_as(self._structure, leaves)
+        elif len(leaves) == 1:
             batch = leaves[0]
         for leaf, wanted in zip(leaves, self._inputs):
             if not _fits(leaf.shape, tuple(wanted.shape)):
@@ -228,31 +235,33 @@ def _what_is_unlike(model: keras.Model, batch: Any) -> str | None:
     """What the first layer that knows how its inputs are scaled says of a batch."""
     kinds = (keras.layers.BatchNormalization, keras.layers.Normalization, keras.layers.Rescaling)
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
-    for call in observe(lambda: model(batch, training=False), layers) if layers else []:
-        inputs = ops.convert_to_numpy(call.inputs)
-        if isinstance(call.layer, keras.layers.Rescaling):
-            outputs = ops.convert_to_numpy(call.outputs)
-            is_fed = any(np.array_equal(inputs, leaf) for leaf in keras.tree.flatten(batch))
-            if is_fed and 0 < np.ptp(outputs) < 1 / _UNLIKE:
-                return f"layer '{call.layer.name}' makes numbers of them that differ by {np.ptp(outputs):.2g} at most"
-            continue
-        known = _standardized(call.layer, inputs.astype(np.float64))
-        if known is None or known.shape[0] < 16:
-            continue
-        deviation, offset = np.median(known.std(axis=0)), np.median(np.abs(known.mean(axis=0)))
-        if not 1 / _UNLIKE < deviation < _UNLIKE or offset > _UNLIKE:
+    with np.errstate(all="ignore"):
+        for call in observe(lambda: model(batch, training=False), layers) if layers else []:
+            inputs = ops.convert_to_numpy(call.inputs)
+            if isinstance(call.layer, keras.layers.Rescaling):
+                is_fed = any(np.array_equal(inputs, leaf) for leaf in keras.tree.flatten(batch))
+                reach = np.ptp(ops.convert_to_numpy(call.outputs))
+                if is_fed and 0 < reach < 1 / _UNLIKE:
+                    return f"layer '{call.layer.name}' makes numbers of them that differ by {reach:.2g} at most"
+                continue
+            known = _standardized(call.layer, inputs.astype(np.float64))
+            # What is not finite is refused later, by the name of the layer that makes it.
+            if known is None or len(known) < 16 or not np.isfinite(known).all():
+                continue
+            deviation, offset = np.median(known.std(axis=0)), np.median(np.abs(known.mean(axis=0)))
+            if 1 / _UNLIKE < deviation < _UNLIKE and offset < _UNLIKE:
+                return None
             return (
                 f"at layer '{call.layer.name}' they deviate {deviation:.2g} times as much as it has recorded, and their mean "
                 f"is {offset:.2g} deviations away"
             )
-        return None
     return None
 
 
 def _standardized(layer: keras.Layer, inputs: np.ndarray) -> np.ndarray | None:
     """Inputs less the recorded mean over the recorded deviation, shape `(rows, features)`; `None` where none is recorded."""
     if isinstance(layer, keras.layers.Normalization):
-        if layer.axis != (len(inputs.shape) - 1,) and layer.axis != (-1,):
+        if layer.invert or layer.axis not in ((-1,), (len(inputs.shape) - 1,)):
             return None
         mean, variance = (ops.convert_to_numpy(part).reshape(-1) for part in (layer.mean, layer.variance))
     else:
@@ -309,8 +318,8 @@ class OutputError:
 
 def _float_outputs(model, batch) -> list[np.ndarray]:
     with _without_gradients():
-        outputs = keras.tree.flatten(model(batch, training=False))
-    outputs = [one for one in outputs if hasattr(one, "dtype") and keras.backend.is_float_dtype(one.dtype)]
+        outputs = [one for one in keras.tree.flatten(model(batch, training=False)) if one is not None]
+    outputs = [one for one in outputs if keras.backend.is_float_dtype(keras.backend.standardize_dtype(one.dtype))]
     return [ops.convert_to_numpy(ops.cast(one, "float32")).astype(np.float64) for one in outputs]
 
 
@@ -350,7 +359,7 @@ def observe(
         original = layer.call
 
         def call(*args, **kwargs):
-            inputs = args[0] if args else kwargs["inputs"]
+            inputs = args[0] if args else next(iter(kwargs.values()))
             if not outputs and len(seen) + 1 == calls:
                 seen.append(Call(layer, inputs, None))
                 raise _Enough
@@ -370,16 +379,20 @@ def observe(
 
         object.__setattr__(layer, "call", call)
 
-    watched = []
+    # A layer may be named twice, and may have a `call` of its own, beside that of its class.
+    layers = list({id(layer): layer for layer in layers}.values())
+    own = [layer.__dict__.get("call") for layer in layers]
     try:
         for layer in layers:
             watch(layer)
-            watched.append(layer)
         with contextlib.suppress(_Enough), _without_gradients():
             run()
     finally:
-        for layer in watched:
-            object.__delattr__(layer, "call")
+        for layer, before in zip(layers, own):
+            if before is not None:
+                object.__setattr__(layer, "call", before)
+            else:
+                layer.__dict__.pop("call", None)
     return seen
 
 

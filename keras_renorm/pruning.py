@@ -50,7 +50,7 @@ def prune(
     With calibration samples, a few hundred to a few thousand of what the model will see, layers are pruned in the order in
     which the model calls them. Each is fed by the pruned layers before it and fitted to what the dense model computes. Layers
     that come after a pruned one are fitted too, with the zeros that they have, and BatchNormalization is adjusted to its new
-    input.
+    input. What ends farther from the dense model's outputs on these samples than plain pruning is not kept: the report says so.
 
     The model passed in stays as it is.
 
@@ -73,8 +73,8 @@ def prune(
             mean of uniform and erk), or a callable (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
         renormalize: `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning; with samples also `"moments"` and `"lstsq"`.
             `"auto"` is `"lstsq"` with samples, else the data-free one that measures best: `L2()` with `group="unit"`,
-            `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, separable, your own
-            layers) get the latter.
+            `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, your own layers)
+            get the latter where the outputs for the samples are then nearer than without.
         calibration: unlabelled samples: an array, a list or a dict of arrays (one an input), a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or a generator of batches; of batches `(x, y)`, `x` is taken.
         layers: which layers, as in `keras_renorm.to_prunable`.
@@ -426,7 +426,10 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
             description=_name(target.kernel, target.layer),
         )
     kept = masked(values, mask)
-    variable.assign(np.multiply(kept, scale, out=kept))
+    with np.errstate(over="ignore"):
+        np.multiply(kept, scale, out=kept)
+    validation.check_finite(kept, f"{_name(target.kernel, target.layer)}, scaled by {renormalize!r},")
+    variable.assign(kept)
     return LayerReport(
         layer=rule.name_of(target.layer),
         kernel=name_within(variable, target.layer),

@@ -190,7 +190,7 @@ def test_normalization_follows_its_input_along_its_own_axis(name):
     outputs = (one.predict(samples, verbose=0) for one in (model, pruned))
     before, after = (np.moveaxis(one, axis, 0).reshape(one.shape[axis], -1) for one in outputs)
     np.testing.assert_allclose(after.mean(axis=1), before.mean(axis=1), atol=1e-3)
-    np.testing.assert_allclose(after.std(axis=1), before.std(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(after.std(axis=1), before.std(axis=1), rtol=1e-3 if joined else 0.1)
 
 
 @pytest.mark.parametrize("way", list(WAYS))
@@ -543,6 +543,19 @@ def test_mixed_precision_and_compiled_models():
     assert pruned.compiled
     assert {row.renormalize for row in pruned.pruning_report.rows} == {"LeastSquares"}
     assert distance(model, pruned, samples) < distance(model, kr.prune(model, 0.5, renormalize=None), samples)
+
+
+def test_a_model_called_on_its_own_inputs():
+    base = keras.Sequential([keras.Input((6,)), L.Dense(8, "relu", name="a"), L.Dense(8, name="b")])
+    model = keras.Model(base.inputs, L.Dense(3, name="c")(base(base.inputs[0])))
+    flat = keras.Sequential(
+        [keras.Input((6,)), *(L.Dense.from_config(layer.get_config()) for layer in base.layers), L.Dense(3)]
+    )
+    flat.set_weights(model.get_weights())
+    samples = samples_for(flat)
+    one, other = (prune(each, 0.5, samples).get_weights() for each in (model, flat))
+    for weights, wanted in zip(one, other, strict=True):
+        np.testing.assert_allclose(weights, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_own_layers_between(generator):

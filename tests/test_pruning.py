@@ -307,3 +307,10 @@ def test_units_of_a_model_called_on_its_own_inputs():
     x = np.random.default_rng(0).standard_normal((5, 8)).astype("float32")
     np.testing.assert_allclose(pruned.predict_on_batch(x), small.predict_on_batch(x), atol=1e-5)
     assert [row.layer for row in kr.prune(model, 0.5, target="litert").pruning_report.rows] == ["a", "b", "out"]
+
+
+def test_a_scale_that_leaves_the_range_of_floats_is_refused():
+    model = keras.Sequential([keras.Input((4,)), L.Dense(1, name="a")])
+    model.get_layer("a").kernel.assign(np.full((4, 1), 3e38))
+    with pytest.raises(ValueError, match=r"of layer 'a', scaled by L2\(.*\), holds 2 values that are NaN or infinite"):
+        kr.prune(model, 0.5)
