@@ -140,6 +140,13 @@ def test_ties_at_the_threshold_are_shared():
     np.testing.assert_allclose(allocation.global_([one, two], 0), [0, 0])
 
 
+def test_lamp_divides_by_what_is_not_smaller():
+    # 1 / 11, 1 / 10, 1; 16 / 41, 1; 1 / 2, 1: the largest of each first.
+    kernels = [np.array([1.0, 1.0, 3.0]), np.array([5.0, 4.0]), np.array([6.0, 6.0])]
+    for keep, expected in ((3, [1, 1, 1]), (4, [1, 1, 2]), (5, [1, 2, 2]), (6, [2, 2, 2])):
+        np.testing.assert_allclose(allocation.lamp(kernels, keep), expected)
+
+
 def test_lamp_with_zeros():
     # 1 / 2, 1 and 0 / 25, 9 / 25, 16 / 16: two of the ones, then 9 / 25 after 1 / 2.
     np.testing.assert_allclose(allocation.lamp([np.array([1.0, -1.0]), np.array([4.0, 3, 0])], 3), [2, 1])
