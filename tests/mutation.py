@@ -92,7 +92,9 @@ def mutant(source, place, number):
 def install(module, tree):
     """Put the code of a changed module into the one that is imported, whoever holds its functions and classes."""
     changed = {"__name__": module.__name__, "__package__": module.__package__, "__file__": module.__file__}
+    registered = dict(keras.saving.get_custom_objects())
     exec(compile(tree, module.__file__, "exec"), changed)
+    keras.saving.get_custom_objects().update(registered)
     own = {id(value): name for name, value in changed.items() if getattr(value, "__module__", "") == module.__name__}
 
     def known(value):
@@ -148,7 +150,7 @@ class Mutation:
         session.config.pluginmanager.unregister(terminal)
         source = self.path.read_text()
         if not self.passes(session) or not self.passes(session, ast.parse(source)):
-            sys.exit("The tests fail without any fault.")
+            pytest.exit("The tests fail without any fault.", returncode=1)
         for fault in self.faults:
             tree, description = mutant(source, *fault)
             if description and self.passes(session, tree):
@@ -178,7 +180,8 @@ def main():
     plugin = Mutation(path, faults, arguments.seconds)
     keras.utils.set_random_seed(0)  # imports what each process would import
     mirrored = str(ROOT / "tests" / folder / f"test_{name}.py")
-    pytest.main(["-q", "-p", "no:cacheprovider", *(tests or [mirrored])], plugins=[plugin])
+    if pytest.main(["-q", "-p", "no:cacheprovider", *(tests or [mirrored])], plugins=[plugin]):
+        sys.exit("The tests fail without any fault, or there are none.")
     print(f"{arguments.module}: of {len(faults)} faults {len(plugin.survivors)} are seen by no test")
 
 

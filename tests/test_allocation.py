@@ -37,6 +37,9 @@ def test_erk_by_hand():
     assert allocate([np.ones((40, 40)), np.ones((40, 10))], 0.9, "erk") == [1 - 123 / 1600, 1 - 77 / 400]
     # Sides 12, 200: 50 weights are less than the small one's share, so it stays whole.
     assert allocate([np.ones((2, 10)), np.ones((100, 100))], 0.5, "erk") == [0.0, 1 - (5010 - 20) / 10000]
+    # Sides 7, 80, 50: more than the 10 weights of the first, so 390 are left for the others, 240 and 150.
+    some = [np.ones((2, 5)), np.ones((40, 40)), np.ones((40, 10))]
+    assert allocate(some, 1 - 400 / 2010, "erk") == [0, 1 - 240 / 1600, 1 - 150 / 400]
 
 
 def test_balanced_by_hand():
@@ -115,6 +118,7 @@ def test_where_the_limits_leave_no_choice():
     # Patterns that remove a half of each cannot remove four fifths.
     assert allocate([np.ones(10), np.ones(10)], 0.8, "uniform", most=0.5) == [0.5, 0.5]
     assert allocate([np.ones(10), np.ones(10)], 0.6, "uniform", most=[0.5, 1.0]) == [0.5, 0.7]
+    assert allocate([np.ones(10), np.ones(10)], 0.8, "uniform", most=[0.5, 1.0]) == [0.5, 0.9]
     # One weight for two kernels: a sparsity is below 1 all the same.
     assert allocate([np.ones(4), np.ones(4)], 0.9) == [0.75, np.nextafter(1, 0)]
     assert allocate([np.ones(4), np.ones(4)], 0.99) == [np.nextafter(1, 0)] * 2
@@ -138,6 +142,13 @@ def test_ties_at_the_threshold_are_shared():
     np.testing.assert_allclose(allocation.global_([one, two], 1), [1, 0])
     np.testing.assert_allclose(allocation.global_([one, two], 8), [5, 3])
     np.testing.assert_allclose(allocation.global_([one, two], 0), [0, 0])
+
+
+def test_lamp_divides_by_what_is_not_smaller():
+    # 1 / 11, 1 / 10, 1; 16 / 41, 1; 1 / 2, 1: the largest of each first.
+    kernels = [np.array([1.0, 1.0, 3.0]), np.array([5.0, 4.0]), np.array([6.0, 6.0])]
+    for keep, expected in ((3, [1, 1, 1]), (4, [1, 1, 2]), (5, [1, 2, 2]), (6, [2, 2, 2])):
+        np.testing.assert_allclose(allocation.lamp(kernels, keep), expected)
 
 
 def test_lamp_with_zeros():

@@ -98,7 +98,9 @@ class Grower:
 
     def with_constant(self, x):
         values = np.linspace(-1, 1, x.shape[-1]).astype("float32")
-        return self.pick([lambda: x + values, lambda: x * values, lambda: values - x, lambda: x * 0.5, lambda: x + 1.0])()
+        return self.pick(
+            [lambda: x + values, lambda: x * values, lambda: ops.subtract(values, x), lambda: x * 0.5, lambda: x + 1.0]
+        )()
 
     def composite(self, x):
         """A model in the model, a layer that is used twice, or attention."""

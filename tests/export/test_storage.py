@@ -211,7 +211,7 @@ def test_integers_by_hand():
 def test_a_file_by_hand():
     """One tensor in blocks, one unpacked before its two uses, one in full."""
     blocks, single, full = sparse(block=4), sparse(), sparse()
-    operators = [(FULLY_CONNECTED, ["x", "blocks"]), (CONV, ["x", "single"]), ("ADD", ["single", "full"])]
+    operators = [(FULLY_CONNECTED, ["x", "blocks"]), (CONV, ["x", "single"]), (FULLY_CONNECTED, ["single", "full"])]
     whole = storage.Storage(file_of({"blocks": blocks, "single": single, "full": full}, operators))
     model = flatbuffer.parse(whole.write(whole.candidates[:2], {"by": "hand"}))
     (graph,) = model.subgraphs
@@ -222,7 +222,7 @@ def test_a_file_by_hand():
         ("DENSIFY", ["single"]),
         (FULLY_CONNECTED, ["x", "blocks"]),
         (CONV, ["x", "single/dense"]),
-        ("ADD", ["single/dense", "full"]),
+        (FULLY_CONNECTED, ["single/dense", "full"]),
     ]
     assert [graph.tensors[index].name.decode() for index in graph.operators[0].outputs] == ["single/dense"]
     assert tensors["single/dense"].shape.tolist() == [64, 128]
