@@ -96,10 +96,8 @@ def summary(model: keras.Model) -> Summary:
     names = unique_names(model)
     kernels = kernels_by_layer(model)
     for layer in outermost_layers(model):
-        parts, found = masked_layers(layer), kernels[id(layer)]
-        made = [
-            (kernel, _masked_row(layer, names[id(layer)], part, kernel)) for part in parts for kernel in part.masked_kernels
-        ]
+        name, parts, found = names[id(layer)], masked_layers(layer), kernels[id(layer)]
+        made = [(kernel, _masked_row(layer, name, part, kernel)) for part in parts for kernel in part.masked_kernels]
         if not made and isinstance(found, ValueError):
             notes.append(f"Not pruned: {found}.")
             continue
