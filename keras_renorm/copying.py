@@ -196,7 +196,8 @@ class Copier:
         if isinstance(value, Tracker):
             self._last.append(lambda: _renew_ids(new))
         if isinstance(value, keras.Operation) and hasattr(new, "_track_trackable"):
-            self._last.append(lambda: _track(new))
+            watched = [name for name, item in vars(value).items() if _is_watched_container(item)]
+            self._last.append(lambda: _track(new, watched))
 
     def _methods(self, value: Any, state: dict) -> dict:
         """Methods of classes of one's own that read parts of the model from where the class was written."""
@@ -373,11 +374,18 @@ def _renew_ids(tracker: Tracker) -> None:
     tracker.stored_ids = {name: set(map(id, tracker.config[name][1])) for name in tracker.stored_ids}
 
 
-def _track(layer: Any) -> None:
-    """Note for TensorFlow what a layer depends on, as it does when attributes are set."""
+def _is_watched_container(value: Any) -> bool:
+    return isinstance(value, (list, dict)) and type(value).__module__.split(".")[0] == "tensorflow"
+
+
+def _track(layer: Any, watched: Iterable[str] = ()) -> None:
+    """Note for TensorFlow what a layer depends on, as it does when attributes are set: objects, and lists and dicts of them."""
     import tensorflow as tf
 
     with DotNotTrackScope():
+        for name in watched:
+            if name in vars(layer):
+                vars(layer)[name] = tf.__internal__.tracking.wrap(vars(layer)[name])
         for name, value in list(vars(layer).items()):
             if isinstance(value, tf.__internal__.tracking.Trackable) and not isinstance(value, keras.optimizers.Optimizer):
                 layer._track_trackable(value, name=name, overwrite=True)
