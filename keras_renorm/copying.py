@@ -32,6 +32,8 @@ from keras.src.utils.tracking import DotNotTrackScope, Tracker
 from keras_renorm.arrays import for_another
 
 _NEVER_CHANGES = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType)
+# Most of what there is, asked for first.
+_PLAIN_VALUES = frozenset({type(None), bool, int, float, str})
 # Objects of these packages hold nothing of a model, unless they are Keras' own classes.
 _FOREIGN = {"tensorflow", "tensorflow_text", "jax", "jaxlib", "torch", "numpy", "sentencepiece", "tokenizers"}
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
@@ -111,7 +113,7 @@ class Copier:
 
     def _copy(self, value: Any) -> Any:
         """The copy of a value. What it holds may be filled in later, so that no depth of nesting is too deep."""
-        if isinstance(value, _NEVER_CHANGES):
+        if type(value) in _PLAIN_VALUES or isinstance(value, _NEVER_CHANGES):
             return value
         if id(value) in self.copies:
             return self.copies[id(value)]
@@ -262,7 +264,7 @@ class Copier:
         return new
 
     def _captures(self, function: Any) -> bool:
-        return any(True for _ in _read_by(function, self._own.keys() | self.copies.keys()))
+        return any(True for _ in _read_by(function, lambda key: key in self._own or key in self.copies))
 
     def _own_globals(self, function: types.FunctionType) -> list[str]:
         return [name for name in _names(function.__code__) if id(function.__globals__.get(name)) in self._own]
@@ -418,25 +420,27 @@ def captured_by(operation: Any, parts: Mapping[int, Any]) -> list[Any]:
     """
     held = [value for name, value in vars(operation).items() if name not in _WRAPPED]
     functions = [value for value in held if isinstance(value, (types.FunctionType, types.MethodType, functools.partial))]
-    found = {key for function in (*functions, *_methods(type(operation)).values()) for key in _read_by(function, parts.keys())}
+    found = {
+        key for function in (*functions, *_methods(type(operation)).values()) for key in _read_by(function, parts.__contains__)
+    }
     return [parts[key] for key in found - {id(operation)}]
 
 
-def _read_by(function: Any, parts: Collection[int]) -> Iterator[int]:
-    """Which of some objects, given by `id`, a function reads."""
+def _read_by(function: Any, is_part: Callable[[int], bool]) -> Iterator[int]:
+    """The `id` of each part of a model that a function reads."""
     stack, seen = [function], set()
     while stack:
         value = stack.pop()
         if id(value) in seen or isinstance(value, _NEVER_CHANGES):
             continue
         seen.add(id(value))
-        if id(value) in parts:
+        if is_part(id(value)):
             yield id(value)
         elif isinstance(value, types.FunctionType):
             stack += [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
             stack += [value.__defaults__, value.__kwdefaults__, vars(value)]
             known = (value.__globals__.get(name) for name in _names(value.__code__))
-            stack += [one for one in known if id(one) in parts]
+            stack += [one for one in known if is_part(id(one))]
         elif isinstance(value, types.MethodType):
             stack += [value.__self__, value.__func__]
         elif isinstance(value, functools.partial):
