@@ -304,7 +304,7 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
         elif found and (layers is not None or not found[0].added):
             chosen[id(layer)] = layer
         elif layers is not None:
-            refused.append(f"layer '{layer.name}' has no kernel of its own")
+            refused.append(f"layer '{layer.name}' has no kernel")
     if not chosen:
         reason = f"Left as they are: {'; '.join(refused)}." if refused else "None of its layers has a kernel."
         if layers is not None and not refused:

@@ -163,7 +163,9 @@ class Copier:
         if variable._value is not None:
             # TensorFlow asks a variable once, when it is made, whether there will be gradients: frozen ones may thaw.
             new._trainable = getattr(variable._value, "trainable", variable.trainable)
-            new._initialize(for_another(variable))
+            value = for_another(variable)
+            # On PyTorch the two would share memory.
+            new._initialize(value.copy() if isinstance(value, np.ndarray) else value)
             new._trainable = variable.trainable
             self.replace(variable._value, new._value)
         self._todo.append(
@@ -188,7 +190,8 @@ class Copier:
         if isinstance(value, keras.Layer):
             state = {key: item for key, item in state.items() if key not in _WRAPPED}
         if "_torch_params" in state.get("_modules", ()):
-            # Keras finds the parameters of PyTorch's modules again where it needs them.
+            # PyTorch's own list of the parameters is made anew.
+            self._last.append(new._track_variables)
             state["_modules"] = {key: item for key, item in state["_modules"].items() if key != "_torch_params"}
         vars(new).update(self._values(state))
         if isinstance(value, keras.Layer):

@@ -107,7 +107,7 @@ def prune(
     'LeastSquares'
     """
     validation.check_model(model)
-    calibrated = calibration is not None
+    calibrated, verbose = calibration is not None, validation.check_verbose(verbose)
     validation.check_choice(group, masks.GROUPS, "group")
     rule = Rule(
         criterion=criteria.get(criterion, calibrated),
@@ -162,7 +162,7 @@ def prune(
                 rule,
                 samples,
                 lambda alone: _prune_alone(alone, rule, seen, lambda: distance(pruned)),
-                validation.check_verbose(verbose),
+                verbose,
             )
         else:
             rows = _prune_backwards(pruned, targets, rule)

@@ -116,9 +116,11 @@ def test_remainders_by_hand(sizes, keep, asked, expected):
 
 def test_where_the_limits_leave_no_choice():
     # Patterns that remove a half of each cannot remove four fifths.
-    assert allocate([np.ones(10), np.ones(10)], 0.8, "uniform", most=0.5) == [0.5, 0.5]
+    with pytest.raises(ValueError, match=r"remove 0.5 of all weights at most. Received: sparsity=0.8"):
+        allocate([np.ones(10), np.ones(10)], 0.8, "uniform", most=0.5)
     assert allocate([np.ones(10), np.ones(10)], 0.6, "uniform", most=[0.5, 1.0]) == [0.5, 0.7]
-    assert allocate([np.ones(10), np.ones(10)], 0.8, "uniform", most=[0.5, 1.0]) == [0.5, 0.9]
+    with pytest.raises(ValueError, match=r"remove 0.75 of all weights at most. Received: sparsity=0.8"):
+        allocate([np.ones(10), np.ones(10)], 0.8, "uniform", most=[0.5, 1.0])
     # One weight for two kernels: a sparsity is below 1 all the same.
     assert allocate([np.ones(4), np.ones(4)], 0.9) == [0.75, np.nextafter(1, 0)]
     assert allocate([np.ones(4), np.ones(4)], 0.99) == [np.nextafter(1, 0)] * 2

@@ -80,13 +80,13 @@ def test_prune_without_samples(run, tmp_path):
 def test_prune_with_everything(run, tmp_path):
     status, out, err = run(
         "prune model.keras --sparsity hidden=0.75 --sparsity log*=0.5 --pattern hidden=block:8,1 --pattern logits=n_of_m:2,4",
-        "--calibration x.npz --criterion obs --renormalize moments --batch-size 64 --json -o @out.keras",
+        "--calibration x.npz --criterion obs --renormalize lstsq --batch-size 64 --json -o @out.keras",
     )
     assert (status, err) == (0, "")
     told = json.loads(out)
     assert [(row["layer"], row["sparsity"], row["renormalize"]) for row in told["rows"]] == [
-        ("hidden", 0.75, "MatchMoments"),
-        ("logits", 0.5, "MatchMoments"),
+        ("hidden", 0.75, "LeastSquares"),
+        ("logits", 0.5, "LeastSquares"),
     ]
     kernel = np.asarray(keras.models.load_model(tmp_path / "out.keras").get_layer("hidden").kernel)
     assert np.isin((kernel.reshape(2, 8, 32) != 0).sum(axis=1), (0, 8)).all()

@@ -136,6 +136,6 @@ def test_the_share_and_a_sparsity_exclude_each_other():
     with pytest.raises(ValueError, match=r"Argument `sparsity` must be a number.*Received: sparsity=None"):
         kr.prune(model)
     recurrent = keras.Sequential([keras.Input((4, 3)), L.LSTM(2, name="lstm"), L.Dense(3)])
-    samples = np.zeros((8, 4, 3), "float32")
+    samples = np.random.default_rng(0).standard_normal((8, 4, 3)).astype("float32")
     with pytest.raises(ValueError, match=r"cannot choose how many weights stay. Kernel .*lstm.*`layers=`"):
         kr.prune(recurrent, criterion=criteria.Activity(0.9), calibration=samples, verbose=0)

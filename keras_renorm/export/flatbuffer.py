@@ -69,8 +69,8 @@ def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
 def damaged(path: pathlib.Path, argument: str, error: Exception) -> ValueError:
     """The error of a file that begins like a `.tflite` model and is none, found in whatever part was read."""
     return ValueError(
-        f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but is damaged ({error!r}): copy or "
-        f"export it again. Received: {argument}={str(path)!r}."
+        f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but is damaged: copy or export "
+        f"it again. Received: {argument}={str(path)!r}."
     )
 
 

@@ -230,24 +230,24 @@ def _convert_to_run(
     integer_io: bool,
 ) -> tuple[float, list[str]]:
     """Write a file that the runtime runs: how far it is from the Keras model, and notes."""
-    notes = []
-    fixed_batch = False
+    several = fixed_batch_of(model)
+    fixed_batch = several is not None
+    notes = [] if several in (None, 1) else [f"Takes {several} samples at a time, as the model does."]
     # Calibrating a network that does not run, or that has a loop, would bring the process down.
     first = quantize if representative is None else None
     try:
-        convert(model, path, first)
+        convert(model, path, first, fixed_batch=fixed_batch)
         difference = _compare(model, path, reference)
-        reference.run_first(path)
+        if not fixed_batch:
+            reference.run_first(path)
     except (RuntimeError, ValueError):
+        if fixed_batch:
+            raise
         # Recurrent layers need a batch whose size is known.
         fixed_batch = True
         convert(model, path, first, fixed_batch=True)
         difference = _compare(model, path, reference)
-        several = fixed_batch_of(model) or 1
-        notes.append(
-            f"Takes {'one sample' if several == 1 else f'{several} samples'} at a time: the runtime does not run this network "
-            "with a batch of any size."
-        )
+        notes.append("Takes one sample at a time: the runtime does not run this network with a batch of any size.")
     if representative is not None:
         if has_loops(path.read_bytes()):
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import inspect
 import threading
@@ -23,7 +22,7 @@ NEVER = -1
 _GOAL = "goal"
 
 # By `id`, the variables that hold effective kernels in the call that is under way.
-_EFFECTIVE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("effective", default=frozenset())
+_calls = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class MaskedKernel(Kernel):
     @property
     def is_effective(self) -> bool:
         """Whether the variable holds the effective kernel already, within a call of a layer around the one with the masks."""
-        return id(self.variable) in _EFFECTIVE.get()
+        return id(self.variable) in getattr(_calls, "effective", ())
 
     def masked(self) -> Any:
         """The kernel, zero where the mask is, without a gradient for what is masked."""
@@ -210,12 +209,13 @@ class MaskedLayer:
             collect_losses=True,
             initialize_variables=False,
         )
-        outer = _EFFECTIVE.set(_EFFECTIVE.get() | effective.keys())
+        outer = getattr(_calls, "effective", ())
+        _calls.effective = {*outer, *effective}
         try:
             with scope:
                 outputs = function(*args, **kwargs)
         finally:
-            _EFFECTIVE.reset(outer)
+            _calls.effective = outer
         for variable in scope.updated:
             variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:

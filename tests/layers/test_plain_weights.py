@@ -1,5 +1,6 @@
 """Weights of a plain model fit into the same model with prunable layers; its own states come back with their masks."""
 
+import functools
 import pathlib
 
 import keras
@@ -8,6 +9,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
+from keras_renorm import settling
 from keras_renorm.layers.masked import NEVER, masked_layers
 
 L = keras.layers
@@ -181,6 +183,13 @@ def test_a_subclassed_model(dense, tmp_path):
         np.testing.assert_allclose(ops.convert_to_numpy(model(x)), ops.convert_to_numpy(plain(x)), rtol=1e-6)
 
 
+def settle_by_hand(kernel):
+    """As `settling.settle` does for a model that is being trained."""
+    kernel.settled.assign(True)
+    for variable in (kernel.variable, kernel.mask):
+        variable.assign = functools.partial(settling._assign_and_unsettle, kernel, variable)
+
+
 def test_plain_weights_are_not_settled(tf):
     layer = kr.layers.PrunableDense(2)
     layer.build((None, 2))
@@ -191,7 +200,7 @@ def test_plain_weights_are_not_settled(tf):
         lambda: layer.mask_zeros(),
     ]
     for load in loads:
-        layer.masked_kernels[0].set_settled(True)
+        settle_by_hand(layer.masked_kernels[0])
         load()
         assert not bool(ops.convert_to_numpy(layer.masked_kernels[0].settled))
 
@@ -284,6 +293,7 @@ def fit(model, *callbacks, **arguments):
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:Sparsity .* was asked:UserWarning")
 def test_early_stopping_restores_kernels_with_their_masks():
     model = compiled_net()
     stop = keras.callbacks.EarlyStopping(monitor="sparsity", mode="min", restore_best_weights=True, patience=9)
@@ -360,6 +370,7 @@ def test_parameters_are_counted_with_masks_scales_and_step():
     assert sum(np.prod(weight.shape) for weight in layer.trainable_weights) == 6 * 5 + 5
 
 
+@pytest.mark.filterwarnings("ignore:Sparsity .* was asked:UserWarning")
 def test_a_model_saved_before_plain_weights_fitted():
     saved = np.load(DATA / "half_trained.npz")
     generator = np.random.default_rng(0)
