@@ -70,7 +70,8 @@ def check_same(
     Raises:
         ValueError: if they do not; the message names the first layer that differs.
     """
-    for batch in [made_inputs(model, free_side=side) for side in _FREE_SIDES] if inputs is None else [inputs]:
+    given = [] if inputs is None else [inputs]
+    for batch in [*given, *(made_inputs(model, free_side=side) for side in _FREE_SIDES)]:
         try:
             expected = _run(model, batch)
         except Exception:
@@ -131,9 +132,9 @@ def _differ(expected: list[np.ndarray], received: list[np.ndarray], tolerance: f
             continue
         one, other = one.astype(np.float64), other.astype(np.float64)
         finite = np.isfinite(one)
-        if not np.array_equal(finite, np.isfinite(other)):
+        if not np.array_equal(np.where(finite, 0, one), np.where(np.isfinite(other), 0, other), equal_nan=True):
             return "NaN or infinity elsewhere"
-        difference = float(np.abs(np.where(finite, one - other, 0)).max(initial=0))
+        difference = float(np.abs(one[finite] - other[finite]).max(initial=0))
         reach = float(np.abs(one[finite]).max(initial=0))
         if difference > tolerance * reach + math.ulp(reach):
             return f"by {difference:.3g}, where its outputs reach {reach:.3g}"

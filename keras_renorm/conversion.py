@@ -372,13 +372,16 @@ def kernels_by_layer(model: keras.Model) -> dict[int, list[Kernel] | ValueError]
 
 
 def copy_model(
-    model: keras.Model, convert: Callable[[keras.Layer, Copier], keras.Layer | None] | None = None
+    model: keras.Model,
+    convert: Callable[[keras.Layer, Copier], keras.Layer | None] | None = None,
+    inputs: Any = None,
 ) -> tuple[keras.Model, dict[int, Any]]:
     """A model that computes what another one does, with weights of its own.
 
     Args:
         model: a built model.
         convert: gives for a layer what comes into its place, or `None` for a copy of it.
+        inputs: samples to compare the two on, in the structure that the model takes; made up if `None`.
 
     Returns:
         The new model, and its object for the `id` of each object of `model`, such as a layer or a variable.
@@ -390,7 +393,7 @@ def copy_model(
     new = copier.copy(model)
     for kernel in (kernel for layer in masked_layers(new) for kernel in layer.masked_kernels if kernel.settled is not None):
         kernel.settled.assign(False)
-    check_same(model, new, copier.copies)
+    check_same(model, new, copier.copies, inputs=inputs)
     if model.compiled:
         compile_like(new, model)
     return new, copier.copies

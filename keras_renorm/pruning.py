@@ -139,7 +139,8 @@ def prune(
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
         if calibrated:
             warn_of_odd_samples(model, samples)
-        pruned, copies = copy_model(model)
+        first = keras.tree.map_structure(lambda leaf: leaf[:1], next(iter(samples))) if calibrated else None
+        pruned, copies = copy_model(model, inputs=first)
         rule = dataclasses.replace(rule, names=unique_names(pruned))
         targets = _targets(pruned, {copies[key]: patterns_of[key] for key in chosen}, sparsity, allocation)
         for one in targets:
