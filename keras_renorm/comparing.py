@@ -68,7 +68,7 @@ def _batches(model: keras.Model, inputs: Any) -> Iterator[Any]:
     """What to compare on, in the order in which to try it."""
     if inputs is not None:
         yield inputs
-    sides = [tensor.shape[1:] for tensor in keras.tree.flatten(_graph_inputs(model))]
+    sides = [tensor.shape[1:] for tensor in keras.tree.flatten(_graph_inputs(model)) if tensor is not None]
     if any(len(one) > 2 and max(side or 0 for side in one[:-1]) > _SMALL_SIDE for one in sides):
         yield made_inputs(model, largest_side=_SMALL_SIDE)
     for side in _FREE_SIDES:

@@ -13,6 +13,7 @@ import copy
 import functools
 import gc
 import inspect
+import itertools
 import random
 import sys
 import types
@@ -509,13 +510,21 @@ def _reaches(value: Any, own: Collection[int], depth: int = 3) -> Any:
     for _ in range(depth):
         level = [
             item
-            for item in gc.get_referents(*level)
+            for item in itertools.chain.from_iterable(map(_held_by, level))
             if not isinstance(item, _NEVER_CHANGES) and id(item) not in seen and not seen.add(id(item))
         ]
         for item in level:
             if id(item) in own:
                 return item
     return None
+
+
+def _held_by(value: Any) -> list[Any]:
+    """What an object holds; of a function what it captures, and not all that is global where it was written."""
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+        return [*cells, value.__defaults__, value.__kwdefaults__, vars(value)]
+    return gc.get_referents(value)
 
 
 def _describe(value: Any) -> str:

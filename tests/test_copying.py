@@ -1,5 +1,6 @@
 """A copy computes what the model computes, whatever its layers hold, share, capture and draw."""
 
+import functools
 import random
 
 import keras
@@ -368,6 +369,59 @@ def test_an_operation_and_a_layer_alone():
     copy = copy_layer(layer)
     np.testing.assert_array_equal(ops.convert_to_numpy(copy.kernel), ops.convert_to_numpy(layer.kernel))
     assert copy.kernel is not layer.kernel
+
+
+@functools.lru_cache
+def _cached(factor):
+    return factor * 2.0
+
+
+def test_functions_that_are_no_functions_of_python():
+    """Captured or not; where they were written, the model may stand as well."""
+    global _EMBEDDING
+    layer = WithoutKwargs(4, _cached(1.5))
+    layer.cached, layer.smallest = _cached, min
+    model = around(layer)
+    _EMBEDDING = layer
+    assert_same(model, kr.prune(model, 0.0), np.ones((2, 8), "float32"))
+    layer.of_a_layer = functools.lru_cache(lambda x, inner=layer.inner: inner(x))
+    with pytest.raises(ValueError, match="is held by an object of type .*lru_cache"):
+        kr.prune(model, 0.0)
+
+
+class Adversarial(keras.Model):
+    """A model with optimizers of its own, as in Keras' examples."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.one, self.two = L.Dense(4, name="one"), L.Dense(2, name="two")
+        self.seen = keras.metrics.Mean(name="seen")
+        self.first, self.second = keras.optimizers.Adam(0.1), keras.optimizers.SGD(0.1)
+
+    def build(self, shape):
+        self.one.build(shape)
+        self.two.build((*shape[:-1], 4))
+
+    def call(self, inputs):
+        return self.two(self.one(inputs))
+
+
+def test_optimizers_and_metrics_of_ones_own():
+    model, x = Adversarial(), np.ones((4, 8), "float32")
+    model.build((None, 8))
+    model.first.build(model.one.trainable_variables)
+    model.first.apply([ops.ones(v.shape) for v in model.one.trainable_variables])
+    model.seen.update_state(3.0)
+    copy = kr.prune(model, 0.0)
+    assert type(copy) is Adversarial
+    assert_same(model, copy, x)
+    assert copy.first is not model.first
+    assert int(ops.convert_to_numpy(copy.first.iterations)) == 1
+    assert copy.first._trainable_variables[0] is copy.one.kernel
+    assert float(ops.convert_to_numpy(copy.seen.result())) == 3.0
+    before = np.array(ops.convert_to_numpy(model.one.kernel))
+    copy.first.apply([ops.ones(v.shape) for v in copy.one.trainable_variables])
+    np.testing.assert_array_equal(ops.convert_to_numpy(model.one.kernel), before)
 
 
 def test_what_cannot_be_copied_is_named():
