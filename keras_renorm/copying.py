@@ -201,6 +201,8 @@ class Copier:
             self._copy_calls(value, new)
         if isinstance(value, Tracker):
             self._last.append(lambda: _renew_ids(new))
+        if "_trainable_variables_indices" in state:
+            self._last.append(lambda: _renew_indices(new))
         if isinstance(value, keras.Operation) and hasattr(new, "_track_trackable"):
             watched = [name for name, item in vars(value).items() if _is_watched_container(item)]
             self._last.append(lambda: _track(new, watched))
@@ -378,6 +380,11 @@ def _before_training(model: keras.Model) -> dict:
 
 def _renew_ids(tracker: Tracker) -> None:
     tracker.stored_ids = {name: set(map(id, tracker.config[name][1])) for name in tracker.stored_ids}
+
+
+def _renew_indices(optimizer: keras.optimizers.Optimizer) -> None:
+    keys = map(optimizer._var_key, optimizer._trainable_variables)
+    optimizer._trainable_variables_indices = {key: index for index, key in enumerate(keys)}
 
 
 def _is_watched_container(value: Any) -> bool:
