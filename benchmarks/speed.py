@@ -5,6 +5,7 @@
   turns; ratios to dense.
 - update: choosing the mask of one kernel, by pattern and group, beside numpy's partition and the sort that tfmot does.
 - prune: one-shot pruning by magnitude with l1 renormalization, time and peak memory, from 1 to 300 million weights.
+- copy: `to_prunable`, `strip` and `compact` of ResNet50 beside Keras' own copy of a model.
 - calibrate, export: one-shot pruning with samples; a `.tflite` file beside Keras' own export of the dense model.
 - import: what `import keras_renorm` adds to `import keras`.
 
@@ -225,6 +226,23 @@ def calibrate(arguments):
     return _beside(functions, "one-shot pruning with 1024 samples, convolutional network", 3)
 
 
+def copy(arguments):
+    """Copies that are run beside their originals, in turns with Keras' own copy by config, which is not."""
+    model = keras.applications.ResNet50(weights=None)
+    prunable = kr.to_prunable(model)
+
+    def by_keras():
+        keras.models.clone_model(model).set_weights(model.get_weights())
+
+    functions = {
+        "clone_model and set_weights": by_keras,
+        "to_prunable": lambda: kr.to_prunable(model),
+        "strip": lambda: kr.strip(prunable),
+        "compact": lambda: kr.compact(model),
+    }
+    return _beside(functions, "copies of ResNet50", arguments.runs)
+
+
 def export(arguments):
     model, _ = _network_to_ship()
     pruned = kr.prune(model, SPARSITY)
@@ -258,7 +276,15 @@ def import_(arguments):
     return [dict(keras=keras_alone, keras_renorm=added)]
 
 
-PARTS = {"step": step, "update": update, "prune": prune, "calibrate": calibrate, "export": export, "import": import_}
+PARTS = {
+    "step": step,
+    "update": update,
+    "prune": prune,
+    "calibrate": calibrate,
+    "copy": copy,
+    "export": export,
+    "import": import_,
+}
 
 
 def machine():
