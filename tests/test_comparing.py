@@ -32,7 +32,8 @@ def test_differences_in_words(one, other, difference):
 
 def test_inputs_are_what_the_model_takes():
     ids, image = keras.Input((None,), dtype="int32", name="ids"), keras.Input((None, 4, 3), name="image")
-    model = keras.Model({"ids": ids, "image": image}, L.Embedding(2, 3)(ids), name="m")
+    outputs = [L.Embedding(2, 3)(ids), image * 2.0]
+    model = keras.Model({"ids": ids, "image": image}, outputs, name="m")
     made = made_inputs(model, samples=3, free_side=5)
     assert {key: (tuple(value.shape), keras.backend.standardize_dtype(value.dtype)) for key, value in made.items()} == {
         "ids": ((3, 5), "int32"),
