@@ -37,7 +37,7 @@ def trained():
     model.get_layer("norm").adapt(np.random.default_rng(0).normal(5, 3, (64, 5, 5, 2)))
     for variable in model.weights:
         if not variable.path.startswith("norm/"):
-            variable.assign(ops.abs(variable) + np.random.default_rng(1).uniform(0.1, 0.5, variable.shape))
+            variable.assign(np.abs(ops.convert_to_numpy(variable)) + np.random.default_rng(1).uniform(0.1, 0.5, variable.shape))
     return model
 
 
