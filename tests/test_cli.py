@@ -492,7 +492,7 @@ def test_what_ends_in_the_middle_leaves_nothing(error, run, tmp_path, monkeypatc
 
 @on_tensorflow
 def test_a_terminated_export_leaves_nothing(run, tmp_path, monkeypatch):
-    def convert(model, path, *arguments):
+    def convert(model, path, *arguments, **keywords):
         path.write_bytes(b"half")
         signal.raise_signal(signal.SIGTERM)
 
