@@ -538,15 +538,6 @@ def _describe(value: Any) -> str:
     return f"Layer '{value.name}'" if isinstance(value, keras.Layer) else f"Variable '{value.path}'"
 
 
-def copy_layer(layer: Any) -> Any:
-    """A layer or an operation like another one, with its weights and states, that was not called yet.
-
-    Raises:
-        ValueError: if something that it holds cannot be copied.
-    """
-    return Copier(layer).copy(layer)
-
-
 def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...] = (), **changes) -> Any:
     """A new layer (or operation) of the same config, or of another class, without or with other arguments; not built yet.
 

@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_renorm as kr
 from keras_renorm import conversion
-from keras_renorm.copying import Copier, copy_layer
+from keras_renorm.copying import Copier
 from tests import every_layer
 
 L = keras.layers
@@ -374,10 +374,10 @@ def test_a_copy_trains_saves_and_is_copied_again(tmp_path):
     assert [variable.path for variable in copy.variables] == [variable.path for variable in model.variables]
 
 
-def test_an_operation_and_a_layer_alone():
+def test_a_layer_alone():
     layer = L.Dense(3)
     layer.build((None, 2))
-    copy = copy_layer(layer)
+    copy = Copier(layer).copy(layer)
     np.testing.assert_array_equal(ops.convert_to_numpy(copy.kernel), ops.convert_to_numpy(layer.kernel))
     assert copy.kernel is not layer.kernel
 
