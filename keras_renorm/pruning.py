@@ -97,11 +97,11 @@ def prune(
     Example:
 
     >>> import keras, numpy as np, keras_renorm as kr
-    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
     >>> pruned = kr.prune(model, sparsity=0.75)
     >>> int(np.count_nonzero(pruned.layers[0].kernel))
-    8
-    >>> samples = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
+    512
+    >>> samples = np.random.default_rng(0).standard_normal((256, 64)).astype("float32")
     >>> pruned = kr.prune(model, sparsity=0.75, calibration=samples, verbose=0)
     >>> pruned.pruning_report.rows[0].renormalize
     'LeastSquares'
