@@ -107,7 +107,7 @@ def check_same(
         raise ValueError(
             f"{what} of model '{model.name}' does not run where the model does: {error} Nothing was changed."
         ) from error
-    in_half = any(layer.compute_dtype not in ("float32", "float64") for layer in model._flatten_layers())
+    in_half = _rounds_coarsely() or any(layer.compute_dtype not in ("float32", "float64") for layer in model._flatten_layers())
     differ = functools.partial(_differ, tolerance=_TOLERANCE_IN_HALF if in_half else _TOLERANCE)
     if differ(expected, received) is None or differ(expected, _run(model, batch)) is not None:
         # The second: a model that draws random numbers of its own answers differently each time.
@@ -127,6 +127,19 @@ def check_same(
     raise ValueError(
         f"{what} of model '{model.name}' does not compute what the model computes. {place}. Nothing was changed. A layer of "
         "your own should hold what it computes with in variables and attributes, and not change outside of them."
+    )
+
+
+@functools.cache
+def _rounds_coarsely() -> bool:
+    """Whether products of float32 are computed with fewer bits, as GPUs do unless they are told otherwise (TF32)."""
+    generator = np.random.default_rng(0)
+    inputs, kernel = (generator.standard_normal(shape).astype("float32") for shape in ((16, 64), (64, 64)))
+    exact = inputs.astype("float64") @ kernel
+    products = ops.matmul(inputs, kernel), ops.conv(inputs[:, None, None], kernel[None, None], data_format="channels_last")
+    return any(
+        np.abs(ops.convert_to_numpy(product).reshape(exact.shape) - exact).max() > 1e-5 * np.abs(exact).max()
+        for product in products
     )
 
 

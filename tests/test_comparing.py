@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_renorm import comparing
 from keras_renorm.comparing import _differ, check_same, made_inputs
 
 L = keras.layers
@@ -94,3 +95,10 @@ def test_samples_go_before_what_is_made_up():
     check_same(one, two, {})
     with pytest.raises(ValueError, match="Its outputs differ: by 500, where its outputs reach 500"):
         check_same(one, two, {}, inputs=np.full((1, 4), 500.0, "float32"))
+
+
+@pytest.mark.parametrize(("dtype", "coarse"), [("float32", False), ("float16", True)])
+def test_devices_that_round_coarsely_are_told_by_a_product(monkeypatch, dtype, coarse):
+    here, product = comparing._rounds_coarsely(), ops.matmul
+    monkeypatch.setattr(ops, "matmul", lambda *args: ops.cast(product(*args), dtype))
+    assert comparing._rounds_coarsely.__wrapped__() is (coarse or here)

@@ -94,7 +94,11 @@ NOT_EXPORTED: dict[str, str] = {
     "AdaptiveMaxPooling3D": _NO_OPERATION.format("MaxPool3D", "adaptive_max_pooling3d"),
     "AveragePooling3D": _NO_OPERATION.format("AvgPool3D", "average_pooling3d"),
     "CategoryEncoding": _NO_OPERATION.format("DenseBincount", "category_encoding"),
+    "HashedCrossing": _NO_OPERATION.format("SparseCross", "hashed_crossing"),
+    "Hashing": _NO_OPERATION.format("AsString, StringToHashBucketFast", "hashing"),
+    "IntegerLookup": _NO_OPERATION.format("HashTableV2, LookupTableFindV2, LookupTableImportV2", "integer_lookup"),
     "MaxPooling3D": _NO_OPERATION.format("MaxPool3D", "max_pooling3d"),
+    "TextVectorization": _NO_OPERATION.format("StringLower, .*RaggedTensorToTensor", "text_vectorization"),
 }
 
 
@@ -112,9 +116,11 @@ def test_the_file_of_a_layer_of_every_class(name, tmp_path):
     try:
         model.export(tmp_path / "keras.tflite", format="litert", verbose=False)
     except Exception:
-        with pytest.raises((RuntimeError, ValueError), match=f"(?s){model.name}"):
-            kr.export_tflite(model, tmp_path / "model.tflite", samples=samples)
-        return
+        # A scope whose name TensorFlow does not take: the copy has a name of its own.
+        if name != "Wrapper":
+            with pytest.raises((RuntimeError, ValueError), match=f"(?s){model.name}"):
+                kr.export_tflite(model, tmp_path / "model.tflite", samples=samples)
+            return
     report = kr.export_tflite(model, tmp_path / "model.tflite", samples=samples)
     assert report.difference <= 1e-3 * max(1, report.output_range)
 

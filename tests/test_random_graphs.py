@@ -197,6 +197,7 @@ def test_laws(seed, law, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Argument `calibration` has few samples:UserWarning")
 @pytest.mark.parametrize("law", [copies, masks, units, calibrated])
 @pytest.mark.parametrize("seed", range(10, 510))
 def test_laws_of_many(seed, law, tmp_path):
