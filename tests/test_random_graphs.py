@@ -172,7 +172,12 @@ def masks(model, samples, tmp_path):
 
 
 def units(model, samples, tmp_path):
-    pruned = kr.prune(model, 0.4, pattern="unit")
+    try:
+        pruned = kr.prune(model, 0.4, pattern="unit")
+    except ValueError as error:
+        if "all its units are outputs" not in str(error):
+            raise
+        return
     small = kr.compact(pruned)
     assert_same(pruned, small, samples)
     assert small.count_params() <= pruned.count_params()
@@ -197,7 +202,8 @@ def test_laws(seed, law, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Argument `calibration` has few samples:UserWarning")
+# The statistics of the models are drawn, and there are few samples.
+@pytest.mark.filterwarnings("ignore:(Argument `calibration` has few|The samples of argument `calibration` are not):UserWarning")
 @pytest.mark.parametrize("law", [copies, masks, units, calibrated])
 @pytest.mark.parametrize("seed", range(10, 510))
 def test_laws_of_many(seed, law, tmp_path):
