@@ -14,8 +14,9 @@ import time
 
 import numpy as np
 
-from keras_renorm import criteria, masks, renorm
-from keras_renorm.moments import Moments
+from keras_renorm.src.core.moments import Moments
+from keras_renorm.src.kernels import masks
+from keras_renorm.src.rules import criteria, renorm
 
 
 def problem(width, rows, generator):

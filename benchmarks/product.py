@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 from speed import medians
 
-from keras_renorm.layers import product
+from keras_renorm.src.layers import product
 
 SIZES = ((32, 784, 300), (16, 25088, 1024), (32, 2048, 2048), (128, 784, 2048), (128, 2048, 2048), (256, 4096, 1024))
 SIZES += ((128, 256, 256), (1024, 512, 512), (512, 1024, 4096), (4096, 64, 64))

@@ -36,7 +36,7 @@ import numpy as np
 from step_times import step_times
 
 import keras_renorm as kr
-from keras_renorm.masks import compute_mask
+from keras_renorm.src.kernels.masks import compute_mask
 
 BATCH = 128
 SPARSITY = 0.9

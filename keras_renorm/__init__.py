@@ -1,11 +1,14 @@
 """Prune Keras models and give them their accuracy back."""
 
-from keras_renorm import callbacks, criteria, export, layers, methods, optimizers, patterns, plots, renorm, schedules
-from keras_renorm.compaction import compact
-from keras_renorm.conversion import strip, to_prunable
-from keras_renorm.export import export_tflite
-from keras_renorm.pruning import prune
-from keras_renorm.summary import summary
+from keras_renorm.src import export, layers, methods
+from keras_renorm.src.export import export_tflite
+from keras_renorm.src.pruning.compaction import compact
+from keras_renorm.src.pruning.conversion import strip, to_prunable
+from keras_renorm.src.pruning.one_shot import prune
+from keras_renorm.src.reports import plots
+from keras_renorm.src.reports.summary import summary
+from keras_renorm.src.rules import criteria, patterns, renorm, schedules
+from keras_renorm.src.training import callbacks, optimizers
 from keras_renorm.version import __version__
 
 schedules.keep_tf_keras()

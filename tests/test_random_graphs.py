@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.layers.masked import masked_layers
+from keras_renorm.src.layers.prunable import prunable_layers
 
 L = keras.layers
 ACTIVATIONS = [None, "relu", "tanh", "gelu", "softmax"]
@@ -161,7 +161,7 @@ def copies(model, samples, tmp_path):
 
 
 def masks(model, samples, tmp_path):
-    size = sum(kernel.size for layer in masked_layers(kr.to_prunable(model)) for kernel in layer.masked_kernels)
+    size = sum(kernel.size for layer in prunable_layers(kr.to_prunable(model)) for kernel in layer.masked_kernels)
     pruned = kr.prune(model, 0.6, renormalize=None)
     before, after = model.get_weights(), pruned.get_weights()
     gone = [np.not_equal(one, another) for one, another in zip(before, after, strict=True)]

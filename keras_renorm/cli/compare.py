@@ -14,11 +14,11 @@ import keras
 import numpy as np
 
 from keras_renorm.cli import files
-from keras_renorm.export import flatbuffer
-from keras_renorm.export.benchmark import Inference, in_turns, shapes_of
-from keras_renorm.export.inputs import as_inputs, random_inputs, structured
-from keras_renorm.export.verification import Runner
-from keras_renorm.tables import format_table
+from keras_renorm.src.core.tables import format_table
+from keras_renorm.src.export import flatbuffer
+from keras_renorm.src.export.benchmark import Inference, in_turns, shapes_of
+from keras_renorm.src.export.inputs import as_inputs, random_inputs, structured
+from keras_renorm.src.export.verification import Runner
 
 _BATCH = 128
 _WARMUP = 5

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm.export.beside import folder_beside
+from keras_renorm.src.export.beside import folder_beside
 
 _KERAS_FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "ops", "regularizers")
 

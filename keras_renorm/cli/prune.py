@@ -7,11 +7,11 @@ import dataclasses
 import sys
 from typing import Any
 
-from keras_renorm import patterns
 from keras_renorm.cli import files
-from keras_renorm.compaction import compact
-from keras_renorm.export.inputs import structured
-from keras_renorm.pruning import prune
+from keras_renorm.src.export.inputs import structured
+from keras_renorm.src.pruning.compaction import compact
+from keras_renorm.src.pruning.one_shot import prune
+from keras_renorm.src.rules import patterns
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:

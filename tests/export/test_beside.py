@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from keras_renorm.export import beside
-from keras_renorm.export.beside import folder_beside
+from keras_renorm.src.export import beside
+from keras_renorm.src.export.beside import folder_beside
 
 needs_locks = pytest.mark.skipif(beside.fcntl is None, reason="no locks on folders here")
 KILLED = """
 import os, pathlib, sys
-from keras_renorm.export.beside import folder_beside
+from keras_renorm.src.export.beside import folder_beside
 with folder_beside(pathlib.Path(sys.argv[1])) as folder:
     (folder / "half.tflite").write_bytes(b"half")
     os._exit(9)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from tests.test_xnnpack import mobile
+from tests.runtimes.test_xnnpack import mobile
 
 pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":

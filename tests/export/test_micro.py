@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.export import verification
+from keras_renorm.src.export import verification
 
 micro = pytest.importorskip("tflite_micro.python.tflite_micro.runtime")
 if keras.backend.backend() != "tensorflow":

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm import xnnpack
+from keras_renorm.src.runtimes import xnnpack
 
 L = keras.layers
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.export import flatbuffer, storage, verification
-from keras_renorm.export.storage import Layout, choose_layout, encode, largest_working
+from keras_renorm.src.export import flatbuffer, storage, verification
+from keras_renorm.src.export.storage import Layout, choose_layout, encode, largest_working
 
 pytest.importorskip("tensorflow")
 L = keras.layers

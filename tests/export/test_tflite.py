@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.export import failures, tflite, verification
+from keras_renorm.src.export import failures, tflite, verification
 
 tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_renorm.layers.linear import linear_view
+from keras_renorm.src.layers.linear import linear_view
 
 L = keras.layers
 

@@ -9,8 +9,8 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm import settling
-from keras_renorm.layers.masked import NEVER, masked_layers
+from keras_renorm.src.layers.prunable import NEVER, prunable_layers
+from keras_renorm.src.training import settling
 
 L = keras.layers
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -45,7 +45,7 @@ def pruned_net(**units):
     """Its prunable counterpart in the middle of a training; `second` is plain in it."""
     kernels = [L.Conv2D, L.TimeDistributed, L.Bidirectional, L.MultiHeadAttention, "first", "head"]
     model = kr.to_prunable(plain_net(**units), layers=kernels, renormalize="l2")
-    for layer in masked_layers(model):
+    for layer in prunable_layers(model):
         layer.update_masks(0.5)
         layer.count_steps(64, write=True)
     return model
@@ -57,7 +57,7 @@ def outputs_of(model):
 
 def assert_is(model, plain):
     np.testing.assert_allclose(outputs_of(model), outputs_of(plain), rtol=1e-5, atol=1e-6)
-    for layer in masked_layers(model):
+    for layer in prunable_layers(model):
         assert layer.sparsity == 0
         assert int(ops.convert_to_numpy(layer.pruning_step)) == NEVER
         assert all((ops.convert_to_numpy(kernel.scale) == 1).all() for kernel in layer.masked_kernels)

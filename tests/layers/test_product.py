@@ -11,7 +11,7 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf
 
-from keras_renorm.layers.product import masked_product
+from keras_renorm.src.layers.product import masked_product
 
 # The way back differs where kernels are much larger than the batch.
 SHAPES = {"large kernel": (2, 24, 16), "large batch": (40, 8, 3)}

@@ -5,7 +5,7 @@ from keras import ops
 from keras.src.backend.common import global_state
 
 import keras_renorm as kr
-from keras_renorm.layers.kernels import find_kernels
+from keras_renorm.src.layers.kernels import find_kernels
 
 L = keras.layers
 

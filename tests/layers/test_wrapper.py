@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.layers.masked import masked_layers, plain_values, sparsity_of
+from keras_renorm.src.layers.prunable import plain_values, prunable_layers, sparsity_of
 from tests.layers.cases import CASES, Calling, Naming, Scaled, Tied, as_arguments, model_around, model_inputs
 
 EVERY_LAYER = pytest.mark.parametrize("name", list(CASES))
@@ -271,7 +271,7 @@ def test_a_tied_layer_reads_the_effective_kernel(tmp_path):
     model = autoencoder(pruning_schedule=schedule)
     model.compile("adam", "mse", run_eagerly=True)
     assert len(model.weights) == len(model.layers[1].weights) + 1
-    assert masked_layers(model) == [model.layers[1]]
+    assert prunable_layers(model) == [model.layers[1]]
     model.layers[1].update_masks(1 / 3)
     assert to_numpy(model.layers[1].scale).min() > 1
     np.testing.assert_allclose(to_numpy(model(DATA)), by_hand(model, DATA), rtol=1e-5, atol=1e-6)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm import masks
-from keras_renorm.layers.masked import masked_layers
-from keras_renorm.methods.at_initialization import FITNESS, MOVEMENT, RECOMBINE
+from keras_renorm.src.kernels import masks
+from keras_renorm.src.layers.prunable import prunable_layers
+from keras_renorm.src.methods.at_initialization import FITNESS, MOVEMENT, RECOMBINE
 from tests.layers.cases import CASES, model_around, model_inputs
 
 KStarts, DissipatingGradients = kr.methods.KStarts, kr.methods.DissipatingGradients
@@ -46,7 +46,7 @@ def fit(model, *callbacks, **arguments):
 
 
 def masks_of(model):
-    return [keras.ops.convert_to_numpy(kernel.mask) for layer in masked_layers(model) for kernel in layer.masked_kernels]
+    return [keras.ops.convert_to_numpy(kernel.mask) for layer in prunable_layers(model) for kernel in layer.masked_kernels]
 
 
 def sparsity_of(model):
@@ -65,7 +65,7 @@ class Snapshots(keras.callbacks.Callback):
     def kernels(self):
         return [
             keras.ops.convert_to_numpy(kernel.variable)
-            for layer in masked_layers(self.model)
+            for layer in prunable_layers(self.model)
             for kernel in layer.masked_kernels
         ]
 
@@ -231,7 +231,7 @@ def test_the_fittest_candidate_is_chosen():
         drawn = list(candidates(kernel, 0.75, 7, index))
         sums = [np.abs(kernel)[one].sum() for one in drawn]
         np.testing.assert_array_equal(mask, drawn[np.argmax(sums)])
-        path = [k.variable.path for layer in masked_layers(model) for k in layer.masked_kernels][index]
+        path = [k.variable.path for layer in prunable_layers(model) for k in layer.masked_kernels][index]
         found = pruning.history[0][path]
         np.testing.assert_allclose(found["candidates"], np.array(sums) / np.abs(kernel).sum(), rtol=1e-5)
         assert found["best"] == pytest.approx(max(sums) / np.abs(kernel).sum(), rel=1e-5)
@@ -274,7 +274,7 @@ def test_gradient_fitness_is_that_of_the_last_epoch():
     reference.optimizer.reset_gradients()
     fit(reference, epochs=2, initial_epoch=1)
     fit(model, KStarts(0.75, k=200, search_epochs=2, fitness="gradient", allocation="uniform"))
-    for layer, mask in zip(masked_layers(reference), masks_of(model)):
+    for layer, mask in zip(prunable_layers(reference), masks_of(model)):
         gradient = reference.optimizer.gradient(layer.masked_kernels[0].variable)
         np.testing.assert_array_equal(mask, masks.compute_mask(gradient, 0.75))
 
@@ -502,7 +502,7 @@ def test_the_limit_of_a_pattern_belongs_to_its_kernel():
         model = make(kr.layers.PrunableDense(20, "relu", pattern=kr.patterns.NOfM(2, 4)))
         fit(model, method, epochs=2)
         # Of 440 weights 132 stay: of the 240 of the first layer 120 have to.
-        assert [layer.sparsity for layer in masked_layers(model)] == pytest.approx([0.5, 0.94])
+        assert [layer.sparsity for layer in prunable_layers(model)] == pytest.approx([0.5, 0.94])
 
 
 def test_more_than_the_patterns_allow():
@@ -517,8 +517,8 @@ def test_more_than_the_patterns_allow():
 def test_a_fraction_removes_no_more_than_the_pattern_can():
     model = make(kr.layers.PrunableDense(20, "relu", pattern=kr.patterns.NOfM(2, 4)))
     fit(model, DissipatingGradients(fraction=0.015, search_epochs=1))
-    assert [layer.sparsity > 0.6 for layer in masked_layers(model)] == [False, True]
-    assert masked_layers(model)[0].sparsity == 0.5
+    assert [layer.sparsity > 0.6 for layer in prunable_layers(model)] == [False, True]
+    assert prunable_layers(model)[0].sparsity == 0.5
 
 
 def test_too_large_a_fraction():

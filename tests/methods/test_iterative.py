@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm import rounds, run_folder
-from keras_renorm.layers.masked import masked_layers
+from keras_renorm.src.layers.prunable import prunable_layers
+from keras_renorm.src.methods import rounds, run_folder
 
 X = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
 Y = (X[:, :1] - 0.5 * X[:, 1:2]).astype("float32")
@@ -519,7 +519,7 @@ def test_masks_are_never_lost_between_rounds():
     removed = []
 
     def fit(model):
-        masks = [keras.ops.convert_to_numpy(k.mask) for layer in masked_layers(model) for k in layer.masked_kernels]
+        masks = [keras.ops.convert_to_numpy(k.mask) for layer in prunable_layers(model) for k in layer.masked_kernels]
         removed.append(~np.concatenate([mask.ravel() for mask in masks]))
         return {"quality": 1.0 if len(removed) != 3 else 0.0}
 

@@ -1,0 +1,274 @@
+"""One-shot pruning with calibration samples: layer by layer, each fed by the pruned layers before it.
+
+A layer is seen as a matrix product (`layers/linear.py`). Its inputs come from the model that is being pruned, its targets are
+what the dense layer computes for the same samples, so errors do not pile up. Layers that are not pruned but come after a
+pruned one are refitted too, and BatchNormalization is adjusted to what reaches it now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm.src.calibration.samples import Call, Passes, Samples, observe
+from keras_renorm.src.calibration.scoring import input_sizes
+from keras_renorm.src.calibration.sites import Site, Target, find_stages
+from keras_renorm.src.core.moments import Accumulator, InputSizes, Moments, SizeAccumulator
+from keras_renorm.src.kernels import masks
+from keras_renorm.src.kernels.report import LayerReport, describe, growth
+from keras_renorm.src.layers.kernels import name_within
+from keras_renorm.src.rules.criteria import CalibratedCriterion
+from keras_renorm.src.rules.criteria.base import score
+from keras_renorm.src.rules.renorm import CalibratedRenormalizer
+
+# Variance that a feature is taken to have left at least, as a share of what it had.
+SMALLEST_VARIANCE = 0.1
+# No fit makes the weights of a unit this many times as large as the dense ones, but one to numbers without meaning.
+ABSURD_GROWTH = 100
+# Rows are taken in pieces of this many numbers: a convolution's patches are many times its inputs.
+PIECE = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How to prune: the arguments of `keras_renorm.prune`, resolved. `names`, by the `id` of a layer, is for reports."""
+
+    criterion: Any
+    group: str
+    renormalize: Any
+    names: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def name_of(self, layer: keras.Layer) -> str:
+        return self.names.get(id(layer), layer.name)
+
+
+def prune_calibrated(
+    dense: keras.Model,
+    pruned: keras.Model,
+    twins: list[tuple[keras.Layer, keras.Layer]],
+    targets: dict[int, Target],
+    rule: Rule,
+    samples: Samples,
+    prune_without_data: Callable[[list[Target]], list[LayerReport]],
+    verbose: int,
+) -> list[LayerReport]:
+    """Prune and renormalize a copy of a model by what it computes for calibration samples.
+
+    Args:
+        dense: the model to aim at; it stays as it is.
+        pruned: its copy.
+        twins: the layers of both, at any depth, in pairs.
+        targets: the kernels to prune, by the `id` of their variable in `pruned`.
+        rule: how to prune.
+        samples: the calibration samples.
+        prune_without_data: what to do with kernels that cannot be calibrated, because the samples never reach them or their
+            layer is not known as a matrix product.
+        verbose: whether to show a progress bar.
+
+    Returns:
+        A report for each kernel.
+    """
+    refit = isinstance(rule.renormalize, CalibratedRenormalizer)
+    stages = find_stages(dense, twins, targets, next(iter(samples)), refit)
+    found = {id(site.target) for stage in stages for site in stage}
+    reports = prune_without_data([target for target in targets.values() if id(target) not in found])
+    passes, scarce = Passes([dense, pruned], samples), {}
+    progress = keras.utils.Progbar(len(stages), verbose=verbose, unit_name="layer")
+    for stage in stages:
+        for site, moments, sizes in zip(stage, *_collect(stage, passes, rule)):
+            _check_finite(site, moments)
+            if site.is_normalization:
+                whole = np.ones_like(moments.cross)
+                none = np.zeros_like(moments.power)
+                _adjust(site.pruned, whole, none, moments, moments.squares(whole, none))
+            else:
+                reports.append(_treat(site, moments, sizes, rule))
+                if moments.rows < moments.gram.shape[-1]:
+                    scarce[site.pruned.name] = moments.gram.shape[-1] / moments.rows
+        progress.add(1)
+    if scarce:
+        times = max(scarce.values())
+        warnings.warn(
+            f"Argument `calibration` has few samples for layers {list(scarce)}: they saw one row (a sample, or a position in "
+            f"it) for every {times:.1f} of their inputs, so their fit leans on the old weights. "
+            f"{int(np.ceil(2 * times))} times as many samples would do.",
+            stacklevel=3,
+        )
+    return reports
+
+
+def _collect(stage: list[Site], passes: Passes, rule: Rule) -> tuple[list[Moments], list[InputSizes | None]]:
+    """The moments of each site, and the sizes of its inputs where the criterion needs them: inputs as they come in the pruned
+    model, targets from the dense one."""
+    accumulators = [Accumulator() for _ in stage]
+    by_size = getattr(rule.criterion, "statistics", None) is InputSizes
+    sizes = [SizeAccumulator() if by_size and site.target else None for site in stage]
+    sums = [site.sum for site in stage if site.sum and getattr(rule.renormalize, "compensates", False)]
+    calls = sum(site.calls for site in stage) + len(sums)
+    layers = [[getattr(place, model) for place in [*stage, *sums]] for model in ("dense", "pruned")]
+    for run_dense, run_pruned in passes.runs(layers):
+        wanted = observe(run_dense, layers[0], calls)
+        given = observe(run_pruned, layers[1], calls, outputs=False)
+        for site, accumulator, size in zip(stage, accumulators, sizes):
+            outputs = [site.outputs_in(call) for call in wanted if call.layer is site.dense]
+            inputs = [site.inputs_in(call) for call in given if call.layer is site.pruned]
+            missing = _missing(site, wanted, given) if site.sum in sums else None
+            for one_input, one_output in zip(inputs, outputs):
+                _add_in_pieces(accumulator, site, one_input, one_output, missing)
+                if size is not None:
+                    size.add(one_input)
+    return (
+        [accumulator.moments(intercept=site.has_intercept) for site, accumulator in zip(stage, accumulators)],
+        [None if size is None else input_sizes(size, site.parts[0]) for site, size in zip(stage, sizes)],
+    )
+
+
+def _missing(site: Site, wanted: list[Call], given: list[Call]) -> Any:
+    """What the other operands of a site's sum lack in the pruned model."""
+    (dense,) = (call.inputs for call in wanted if call.layer is site.sum.dense)
+    (pruned,) = (call.inputs for call in given if call.layer is site.sum.pruned)
+    others = [index for index in range(len(dense)) if index != site.sum.operand]
+    return sum(ops.cast(dense[index], "float32") - ops.cast(pruned[index], "float32") for index in others)
+
+
+def _add_in_pieces(accumulator: Accumulator, site: Site, inputs: Any, outputs: Any, missing: Any) -> None:
+    view = site.view
+    groups, width, units = view.sizes
+    rows = int(np.prod(outputs.shape[1:])) // (groups * units)
+    length = max(1, PIECE // max(1, rows * groups * width))
+    for start in range(0, len(outputs), length):
+        piece = slice(start, start + length)
+        targets = ops.cast(view.targets(outputs[piece]), "float32")
+        if missing is not None:
+            targets = targets + view.targets(missing[piece]) / ops.convert_to_tensor(_gain(site))
+        accumulator.add(view.rows(inputs[piece]), targets)
+
+
+def _gain(site: Site) -> np.ndarray:
+    """What a change of a site's output is multiplied by on its way to its sum, shape `(groups, 1, units)`."""
+    groups, _, units = site.view.sizes
+    gain = _factors(site.normalization[0]) if site.normalization else np.ones(groups * units)
+    # Through a channel that is as good as closed nothing can be made up for.
+    gain[np.abs(gain) <= 1e-3 * np.abs(gain).max()] = np.inf
+    return gain.reshape(groups, 1, units).astype(np.float32)
+
+
+def _check_finite(site, moments):
+    if not all(np.isfinite(part).all() for part in (moments.gram, moments.cross, moments.power)):
+        raise ValueError(
+            f"Layer '{site.dense.name}' gets or gives NaN or infinity for the samples of argument `calibration`, so it cannot "
+            "be fitted. Check the samples' range and the model. Nothing was changed."
+        )
+
+
+def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -> LayerReport:
+    """Choose the mask of a layer, if it is to be pruned, and fit what is left."""
+    matrix, bias = site.matrix, site.bias
+    mask = matrix != 0 if site.target is None else _choose(site, matrix, moments, sizes, rule)
+    kept = np.where(mask, matrix, 0)
+    fitted, new_bias, plain_units = kept, bias, 0
+    if isinstance(rule.renormalize, CalibratedRenormalizer):
+        fitted = np.where(mask, rule.renormalize(matrix, mask, moments), 0)
+        if not np.isfinite(fitted).all():
+            raise ValueError(
+                f"Renormalizer {rule.renormalize!r} gave NaN or infinity for layer '{site.dense.name}'. Nothing was changed."
+            )
+        new_bias = moments.intercept(fitted) if site.has_intercept else bias
+        plain = np.linalg.norm(fitted, axis=1) > ABSURD_GROWTH * np.linalg.norm(matrix, axis=1)
+        if rule.renormalize.compensates:
+            plain |= moments.squares(fitted, new_bias) > (1 + 1e-3) * moments.squares(kept, bias) + 1e-6 * moments.power
+        fitted, new_bias = np.where(plain[:, None], kept, fitted), np.where(plain, bias, new_bias)
+        plain_units = int(np.count_nonzero(plain & mask.any(axis=1)))
+        if site.target and site.target.by_units:
+            # What comes after makes up for what is gone, constants included.
+            new_bias = np.where(mask.any(axis=1), new_bias, 0)
+    elif rule.renormalize is not None:
+        fitted = kept * rule.renormalize(matrix, kept, (1,))
+    twin = site.parts[1]
+    twin.kernel.assign(site.view.to_kernel(fitted, tuple(twin.kernel.shape)))
+    if twin.bias is not None:
+        twin.bias.assign(new_bias.reshape(twin.bias.shape))
+    if site.normalization is not None:
+        offset = np.zeros_like(bias) if twin.bias is None else new_bias
+        _adjust(site.normalization[1], fitted, offset, moments, moments.squares(kept, bias))
+        if site.target and site.target.by_units:
+            silence_normalization(site.normalization[1], ~mask.any(axis=1).reshape(-1))
+    layer = site.target.layer if site.target else site.pruned
+    return LayerReport(
+        layer=rule.name_of(layer),
+        kernel=name_within(twin.kernel, layer),
+        weights=matrix.size,
+        kept=int(np.count_nonzero(mask)),
+        criterion="-" if site.target is None else describe(rule.criterion),
+        renormalize=describe(rule.renormalize),
+        scale=growth(kept, fitted, axis=1),
+        error_before=moments.error(kept, bias),
+        error_after=moments.error(fitted, new_bias),
+        plain_units=plain_units,
+    )
+
+
+def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes | None, rule: Rule) -> np.ndarray:
+    shape, target = tuple(site.parts[1].kernel.shape), site.target
+    if target.keep is not None:
+        return site.view.to_matrix(target.keep)
+    # What comes from an input that never varies can move into the bias, so its weights go first.
+    constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
+
+    def mask_of(scores):
+        if constant.any():
+            lowest, highest = np.float64(scores.min()), np.float64(scores.max())
+            scores = np.where(constant, lowest - (highest - lowest) - 1, scores)
+        scores = site.view.to_kernel(scores, shape)
+        mask = masks.compute_mask(scores, target.sparsity, target.pattern, rule.group, target.kernel.input_axes)
+        return site.view.to_matrix(mask)
+
+    if isinstance(rule.criterion, CalibratedCriterion):
+        return rule.criterion.select(matrix, moments if sizes is None else sizes, mask_of)
+    return mask_of(site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.parts[0].kernel).astype(np.float32))))
+
+
+def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarray) -> None:
+    """Let a BatchNormalization give zero for dead features, whose input is zero."""
+    for variable in (layer.gamma, layer.beta, layer.moving_mean):
+        if variable is not None:
+            variable.assign(np.where(dead, 0, ops.convert_to_numpy(variable)))
+
+
+def _adjust(
+    layer: keras.layers.BatchNormalization, matrix: np.ndarray, bias: np.ndarray, moments: Moments, plain: np.ndarray
+) -> None:
+    """Let a BatchNormalization give what it gave: its statistics follow those of its input, `rows @ matrix + bias`.
+
+    They move by as much as those of the samples do between the dense and the pruned model, so what is merely particular about
+    the samples does not get in. Deviations that are given back let errors grow, too: where that is worse than plain pruning,
+    whose mean squared distances from the targets are `plain`, only the means move.
+    """
+    old_mean, old_variance = (
+        ops.convert_to_numpy(part).astype(np.float64) for part in (layer.moving_mean, layer.moving_variance)
+    )
+    variance, covariance = moments.output_power(matrix), np.einsum("giu,giu->gu", matrix, moments.cross)
+    ratio = np.ones_like(variance)
+    np.divide(variance, moments.power, out=ratio, where=moments.power > 0)
+    # A feature that lost nearly all it varied by would have its remains, mostly noise, blown up.
+    ratio = np.maximum(ratio, SMALLEST_VARIANCE)
+    squares = moments.power - 2 * covariance / np.sqrt(ratio) + variance / ratio
+    weights = _factors(layer).reshape(plain.shape) ** 2
+    if np.sum(weights * squares) > np.sum(weights * plain):
+        ratio = np.ones_like(ratio)
+    mean = np.einsum("gi,giu->gu", moments.input_mean, matrix) + bias
+    mean, dense_mean, ratio = mean.reshape(-1), moments.target_mean.reshape(-1), ratio.reshape(-1)
+    layer.moving_mean.assign(mean - np.sqrt(ratio) * (dense_mean - old_mean))
+    layer.moving_variance.assign(np.maximum(ratio * (old_variance + layer.epsilon) - layer.epsilon, 0))
+
+
+def _factors(layer: keras.layers.BatchNormalization) -> np.ndarray:
+    """What a BatchNormalization multiplies each of its features by."""
+    factors = 1 / np.sqrt(ops.convert_to_numpy(layer.moving_variance).astype(np.float64) + layer.epsilon)
+    return factors if layer.gamma is None else factors * ops.convert_to_numpy(layer.gamma)

@@ -1,0 +1,264 @@
+"""Which layers calibration visits, in which order, and how they hang together.
+
+All of it is seen by watching the model run, so it holds for nested and for subclassed models too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm.src.calibration.samples import Call, observe
+from keras_renorm.src.layers.kernels import Kernel
+from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
+from keras_renorm.src.rules import patterns
+
+L = keras.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kernel to prune, and how much of it; `layer` is the outermost layer that it is in.
+
+    A sparsity of `None` leaves it to the criterion; `keep`, bool and shaped like the kernel, is what was chosen already.
+    """
+
+    layer: keras.Layer
+    kernel: Kernel
+    pattern: patterns.Pattern
+    sparsity: float | None
+    keep: np.ndarray | None = None
+
+    @property
+    def by_units(self) -> bool:
+        """Whether whole units go."""
+        return self.pattern.by_units
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """An `Add` that takes, as its operand number `operand`, what a site makes."""
+
+    dense: keras.Layer
+    pruned: keras.Layer
+    operand: int
+
+
+@dataclasses.dataclass
+class Site:
+    """What is visited: a matrix product in a layer, or a BatchNormalization.
+
+    Args:
+        dense: the layer in the dense model.
+        pruned: its twin in the model that is being pruned.
+        view: how it is seen as a matrix product.
+        parts: the matrix product (dense, pruned); `None` for a BatchNormalization.
+        following: the matrix product of the dense layer that takes what this one makes; `None` if the layer gives that.
+        target: how to prune it; `None` if it is only fitted.
+        first_call: when the layer is called first.
+        inputs: `id` of the tensor that the layer is called with, and which of its products this is; `None` if it is called
+            several times.
+        calls: how often it is called in one run.
+        normalization: the BatchNormalization (dense, pruned) that takes its very output.
+        sum: the `Add` that takes its output, or that of its normalization, last of all operands.
+    """
+
+    dense: keras.Layer
+    pruned: keras.Layer
+    view: LinearView
+    parts: tuple[LinearPart, LinearPart] | None
+    following: LinearPart | None
+    target: Target | None
+    first_call: int
+    inputs: tuple[int, int] | None
+    calls: int = 1
+    normalization: tuple[keras.Layer, keras.Layer] | None = None
+    sum: Sum | None = None
+
+    @property
+    def is_normalization(self) -> bool:
+        return isinstance(self.dense, L.BatchNormalization)
+
+    @property
+    def has_intercept(self) -> bool:
+        return self.is_normalization or self.normalization is not None or self.parts[0].bias is not None
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The dense kernel, shape `(groups, inputs, units)`."""
+        return self.view.to_matrix(ops.convert_to_numpy(self.parts[0].kernel).astype(np.float64))
+
+    @property
+    def bias(self) -> np.ndarray:
+        """The dense bias or zeros, shape `(groups, units)`."""
+        groups, _, units = self.view.sizes
+        if self.parts[0].bias is None:
+            return np.zeros((groups, units))
+        return ops.convert_to_numpy(self.parts[0].bias).astype(np.float64).reshape(groups, units)
+
+    def inputs_in(self, call: Call) -> Any:
+        """What it takes in a call of either layer."""
+        if self.is_normalization:
+            return call.inputs
+        return self.parts[0 if call.layer is self.dense else 1].feed(call.inputs)
+
+    def outputs_in(self, call: Call) -> Any:
+        """What it should make in a call of the dense layer."""
+        if self.is_normalization:
+            return call.inputs
+        return call.outputs if self.following is None else self.following.feed(call.inputs)
+
+
+def find_stages(
+    dense: keras.Model,
+    twins: Sequence[tuple[keras.Layer, keras.Layer]],
+    targets: dict[int, Target],
+    batch: Any,
+    refit: bool,
+) -> list[list[Site]]:
+    """The sites in the order in which the dense model calls them; those that are called with the same tensor, such as query,
+    key and value, share a stage, as one pass over the samples serves them all.
+
+    Args:
+        dense: the dense model.
+        twins: the layers of both models, at any depth, in pairs.
+        targets: the kernels to prune, by the `id` of their variable in the pruned model.
+        batch: samples to run.
+        refit: whether what comes after the first pruned layer is visited too.
+    """
+    candidates, sums = {}, {}
+    for old, new in twins:
+        products = _products(old, new, targets, refit)
+        if products:
+            candidates[id(old)] = (old, new, products)
+        elif refit and isinstance(old, L.Add):
+            sums[id(old)] = (old, new)
+    calls = observe(lambda: dense(batch, training=False), [old for old, *_ in [*candidates.values(), *sums.values()]])
+    of_layers: dict[int, list[Site]] = {}
+    for index, call in enumerate(calls):
+        if id(call.layer) in sums:
+            continue
+        old, new, products = candidates[id(call.layer)]
+        if id(old) in of_layers:
+            for site in of_layers[id(old)]:
+                site.calls += 1
+                site.inputs = None
+            continue
+        made = [Site(old, new, *product, index, (id(call.inputs), place)) for place, product in enumerate(products)]
+        of_layers[id(old)] = made if all(_is_linear(call, site) for site in made) else []
+    silent = [
+        new.name
+        for key, (_, new, products) in candidates.items()
+        if key not in of_layers and any(target is not None for *_, target in products)
+    ]
+    if silent:
+        warnings.warn(
+            f"The samples of argument `calibration` never reach layers {silent}: they are pruned without data.", stacklevel=4
+        )
+    sites = [site for made in of_layers.values() for site in made]
+    pruned = [site for site in sites if site.target is not None]
+    # What comes before all that is pruned is left alone; a target that is no site may be anywhere.
+    first = 0 if len(pruned) < len(targets) else pruned[0].first_call
+    usable = [site for site in sites if site.first_call >= first]
+    makers = _join_normalizations(usable, calls)
+    joined = {id(site.normalization[0]) for site in usable if site.normalization}
+    stages: dict[Any, list[Site]] = {}
+    for site in usable:
+        if id(site.dense) not in joined:
+            stages.setdefault(site.inputs or -id(site), []).append(site)
+    _join_sums([site for stage in stages.values() for site in stage], sums, makers, calls)
+    return list(stages.values())
+
+
+def _products(old: keras.Layer, new: keras.Layer, targets: dict[int, Target], refit: bool) -> list[tuple]:
+    """What to visit in a layer: views, parts, what follows them and targets, in the order in which they are computed."""
+    if getattr(old, "lora_enabled", False) or getattr(old, "quantization_mode", None) is not None or not old.built:
+        return []
+    if isinstance(old, L.BatchNormalization):
+        return [(_by_feature(old), None, None, None)] if refit else []
+    parts = list(zip(linear_parts(old), linear_parts(new)))
+    following = [part for part, _ in parts[1:]] + [None]
+    products = [(part.view, (part, twin), after, targets.get(id(twin.kernel))) for (part, twin), after in zip(parts, following)]
+    return [product for product in products if refit or product[-1] is not None]
+
+
+def _by_feature(layer: keras.layers.BatchNormalization) -> LinearView:
+    features = layer.moving_mean.shape[0]
+
+    def by_feature(inputs):
+        return ops.reshape(ops.moveaxis(inputs, layer.axis, 0), (features, -1, 1))
+
+    return LinearView(by_feature, by_feature, (features,), ((0,), (), ()))
+
+
+def _is_linear(call: Call, site: Site) -> bool:
+    """Whether the call is what the view takes it for: not inside `vmap`, nor in a subclass that computes something else."""
+    try:
+        tensors = (site.inputs_in(call), site.outputs_in(call))
+        inputs, outputs = (ops.convert_to_tensor(ops.convert_to_numpy(tensor)[:1], "float32") for tensor in tensors)
+    except Exception:
+        return False
+    if site.is_normalization:
+        return True
+    rows, targets = (ops.convert_to_numpy(part)[:, :256] for part in (site.view.rows(inputs), site.view.targets(outputs)))
+    if not (np.isfinite(rows).all() and np.isfinite(targets).all()):
+        # Nothing can be compared; the layer is refused by its name when its moments are taken.
+        return True
+    here = rows @ site.matrix + site.bias[:, None]
+    # Half precision rounds to 2 ** -8.
+    return here.shape == targets.shape and np.allclose(here, targets, rtol=0.02, atol=0.02 * np.abs(targets).max(initial=0))
+
+
+def _join_normalizations(sites: list[Site], calls: list[Call]) -> dict[int, Site]:
+    """A BatchNormalization that takes a layer's very output is adjusted along with that layer, without a pass of its own.
+
+    Returns the site that makes each tensor, by the tensor's `id`; what such a normalization makes counts as the layer's.
+    """
+    # Of the products of a layer the last one makes its outputs.
+    by_layer = {id(site.dense): site for site in sites}
+    makers = {id(call.outputs): by_layer[id(call.layer)] for call in calls if id(call.layer) in by_layer}
+    makers = {key: site for key, site in makers.items() if _output_is_linear(site.dense)}
+    for call in calls:
+        before, here = makers.get(id(call.inputs)), by_layer.get(id(call.layer))
+        if before is None or here is None or before.is_normalization or not here.is_normalization:
+            continue
+        if before.calls == here.calls == 1 and _numbers_units(before.view, call.inputs.shape, here.dense.axis):
+            before.normalization = (here.dense, here.pruned)
+            makers[id(call.outputs)] = before
+    return makers
+
+
+def _numbers_units(view: LinearView, shape: Sequence[int | None], axis: int) -> bool:
+    """Whether an axis of a layer's outputs numbers its units, group by group."""
+    groups, _, units = view.sizes
+    if shape[axis] != groups * units:
+        return False
+    numbers = np.arange(groups * units, dtype="float32")
+    marked = np.moveaxis(np.broadcast_to(numbers, [1, *np.delete(shape[1:], axis - (axis > 0)), groups * units]), -1, axis)
+    seen = ops.convert_to_numpy(view.targets(ops.convert_to_tensor(marked)))
+    return bool(np.all(seen == numbers.reshape(groups, 1, units)))
+
+
+def _output_is_linear(layer) -> bool:
+    return getattr(layer, "activation", None) in (None, keras.activations.linear)
+
+
+def _join_sums(sites: list[Site], sums: dict, makers: dict[int, Site], calls: list[Call]) -> None:
+    """Of the operands of an `Add`, the one that is visited last can make up for what the others miss."""
+    order = {id(site): index for index, site in enumerate(sites)}
+    for call in calls:
+        if id(call.layer) not in sums:
+            continue
+        made = [makers.get(id(tensor)) for tensor in call.inputs]
+        broadcast = len({tuple(tensor.shape) for tensor in call.inputs}) > 1
+        if broadcast or sum(other.layer is call.layer for other in calls) > 1:
+            continue
+        last = max((site for site in made if id(site) in order), key=lambda site: order[id(site)], default=None)
+        if last is not None and last.calls == 1 and made.count(last) == 1 and last.sum is None and not last.is_normalization:
+            last.sum = Sum(*sums[id(call.layer)], made.index(last))

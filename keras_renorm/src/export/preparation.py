@@ -1,0 +1,102 @@
+"""Keras models as the converter and the runtime can take them: the same function, written otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_renorm.src.export.inputs import in_half
+from keras_renorm.src.export.narrowing import narrow_layers
+from keras_renorm.src.export.repair import repair_head
+from keras_renorm.src.models.copying import Copier, with_config
+from keras_renorm.src.models.graph import functional_of
+from keras_renorm.src.pruning.conversion import copy_model, remade
+
+
+def prepare(
+    model: keras.Model, quantize: str | None, unroll: bool, smallest: bool, sparse: bool = True
+) -> tuple[keras.Model, list[str]]:
+    """The model, changed where TFLite could not take it or would store it with more bytes, and notes on what was changed.
+
+    Args:
+        model: a model of plain Keras layers; it stays as it is.
+        quantize: as in `keras_renorm.export_tflite`.
+        unroll: whether recurrent layers over a fixed number of steps are written without a loop.
+        smallest: as in `keras_renorm.export_tflite`.
+        sparse: whether tensors are stored without their zeros.
+    """
+    notes = []
+    if any(map(in_half, model._flatten_layers())):
+        model, _ = copy_model(model, _in_float32)
+        notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
+    if functional_of(model) is None:
+        return model, notes
+    if unroll and any(_loops(layer) for layer in model._flatten_layers(include_self=False)):
+        model, _ = copy_model(model, _unrolled)
+        notes.append("Recurrent layers are unrolled: TensorFlow's converter crashes where it calibrates a loop.")
+    model, of_head = repair_head(model)
+    model, of_width = narrow_layers(model, quantize, smallest) if sparse else (model, [])
+    return model, notes + of_head + of_width
+
+
+def flattened(model: keras.Model) -> tuple[keras.Model, list[str]]:
+    """The model with its outputs in a list where they are nested, which a `.tflite` file cannot hold, and notes.
+
+    It shares its layers with the model that is passed in.
+    """
+    outputs = getattr(model, "_outputs_struct", None)
+    parts = list(outputs.values()) if isinstance(outputs, dict) else outputs if isinstance(outputs, (list, tuple)) else []
+    if not any(map(keras.tree.is_nested, parts)):
+        return model, []
+    names = ", ".join(f"`output_{index}` is {path}" for index, path in enumerate(_paths(outputs)))
+    flat = keras.Model(model.inputs, keras.tree.flatten(model(model._inputs_struct)), name=model.name)
+    return flat, [f"Nested outputs are written in a list, for a `.tflite` file holds no other: {names}."]
+
+
+def _paths(structure: Any) -> list[str]:
+    """Where each of the outputs is in a structure, such as `['y'][0]`."""
+    paths = keras.tree.flatten_with_path(structure)
+    return ["".join(f"[{key!r}]" for key in path) for path, _ in paths]
+
+
+def _in_float32(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
+    """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
+    if isinstance(layer, keras.Model) or not any(map(in_half, layer._flatten_layers())):
+        return None
+    return remade(copier, layer, _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value))
+
+
+def _is_policy(value: Any) -> bool:
+    return isinstance(value, dict) and "DTypePolicy" in str(value.get("class_name"))
+
+
+def _unrolled(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
+    """The layer, with recurrent layers in it, over a fixed number of steps without a loop; `None` if there is nothing to do."""
+    if isinstance(layer, keras.Model) or not _loops(layer):
+        return None
+    return remade(copier, layer, _reconfigured(layer, lambda key, value: True if key == "unroll" else value))
+
+
+def _loops(layer: keras.Layer) -> bool:
+    """Whether recurrent layers in it loop over a number of steps that is fixed."""
+    loops = [part for part in layer._flatten_layers() if getattr(part, "unroll", None) is False]
+    steps = [part._build_shapes_dict.get("input_shape", part._build_shapes_dict.get("sequences_shape")) for part in loops]
+    return bool(loops) and not any(shape is None or shape[1] is None for shape in steps)
+
+
+def _reconfigured(layer: keras.Layer, change: Callable[[str, Any], Any]) -> keras.Layer:
+    """A layer with other values in its config, and in the configs within it."""
+
+    def replace(key, value):
+        changed = change(key, value)
+        if changed is not value:
+            return changed
+        if isinstance(value, dict):
+            return {inner: replace(inner, item) for inner, item in value.items()}
+        return [replace("", item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    config = layer.get_config()
+    changes = {key: replace(key, value) for key, value in config.items()}
+    return with_config(layer, **{key: value for key, value in changes.items() if value != config[key]})

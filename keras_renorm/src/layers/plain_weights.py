@@ -1,0 +1,138 @@
+"""Weights of a plain model, taken by the same model with prunable layers.
+
+Keras compares `set_weights` with the number of `weights`, and finds the variables of a layer in a file by the name of its
+class. Neither asks the layers of a model whose own class is Keras', so the two are extended here. What Keras could do without
+it stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import h5py
+import keras
+
+from keras_renorm.src.layers.prunable import PrunableLayer, plain_weights, prunable_layers, reset_masks, without_added
+from keras_renorm.src.layers.wrapper import RenormalizedPruning
+
+
+def accept_plain_weights() -> None:
+    """Let `set_weights` and `load_weights` of every Keras model take plain weights where layers are prunable."""
+    keras.Layer.set_weights = _extend_set_weights(keras.Layer.set_weights)
+    keras.Model.load_weights = _extend_load_weights(keras.Model.load_weights)
+    keras.saving.load_weights = _extend_load_weights(keras.saving.load_weights)
+
+
+def _extend_set_weights(keras_set_weights: Callable) -> Callable:
+    @functools.wraps(keras_set_weights)
+    def set_weights(self, weights):
+        own, plain = self.weights, plain_weights(self)
+        if len(weights) == len(own) or len(plain) == len(own):
+            keras_set_weights(self, weights)
+            return
+        if len(weights) != len(plain):
+            raise ValueError(
+                f"Argument `weights` must hold {len(own)} arrays for '{self.name}', as its `get_weights()` does, or "
+                f"{len(plain)}, as its plain counterpart has them. Received: {len(weights)} arrays."
+            )
+        for variable, value in zip(plain, weights):
+            if tuple(variable.shape) != tuple(value.shape):
+                raise ValueError(
+                    f"Argument `weights` must hold an array of shape {tuple(variable.shape)} for '{variable.path}'. "
+                    f"Received: shape={tuple(value.shape)}. Nothing was changed."
+                )
+        for variable, value in zip(plain, weights):
+            variable.assign(value)
+        reset_masks(self, plain)
+
+    return set_weights
+
+
+def _extend_load_weights(keras_load_weights: Callable) -> Callable:
+    @functools.wraps(keras_load_weights)
+    def load_weights(model, filepath, skip_mismatch=False, **kwargs):
+        if not prunable_layers(model) or _holds_masks(filepath):
+            keras_load_weights(model, filepath, skip_mismatch, **kwargs)
+            return
+        with _resetting_masks(model), _seen_as_plain(model):
+            keras_load_weights(model, filepath, skip_mismatch, **kwargs)
+
+    return load_weights
+
+
+@contextlib.contextmanager
+def _resetting_masks(model: keras.Model) -> Iterator[None]:
+    """Keep all weights of the kernels that get values meanwhile. Keras may leave some as they are, and assigns in many ways."""
+    kernels = [kernel.variable for layer in prunable_layers(model) for kernel in layer.masked_kernels]
+    assigned = []
+
+    def assign(variable, value):
+        type(variable).assign(variable, value)
+        assigned.append(variable)
+
+    try:
+        for variable in kernels:
+            vars(variable)["assign"] = functools.partial(assign, variable)
+        yield
+    finally:
+        for variable in kernels:
+            vars(variable).pop("assign", None)
+        reset_masks(model, assigned)
+
+
+@contextlib.contextmanager
+def _seen_as_plain(model: keras.Model) -> Iterator[None]:
+    """Let Keras find, in the place of each prunable layer, what it would find in the plain model."""
+    layers = [(layer, type(layer)) for layer in model._flatten_layers() if isinstance(layer, PrunableLayer)]
+    views = [_wrapped_view(layer) if isinstance(layer, RenormalizedPruning) else _drop_in_view(cls) for layer, cls in layers]
+    try:
+        for (layer, _), view in zip(layers, views):
+            object.__setattr__(layer, "__class__", view)
+        yield
+    finally:
+        for layer, cls in layers:
+            object.__setattr__(layer, "__class__", cls)
+
+
+def _drop_in_view(cls: type[PrunableLayer]) -> type[PrunableLayer]:
+    """A class of the plain one's name, whose layers do not show masks, scales and steps."""
+
+    @property
+    def weights(self):
+        return without_added(cls.weights.fget(self), [self])
+
+    return type(cls.plain_class.__name__, (cls,), {"weights": weights})
+
+
+def _wrapped_view(wrapper: RenormalizedPruning) -> type[RenormalizedPruning]:
+    """A class in which a wrapper is the layer in it."""
+    inner = wrapper.layer
+    methods = {"__getattribute__": lambda self, name: getattr(inner, name), "__dir__": lambda self: dir(inner)}
+    return type(type(inner).__name__, (RenormalizedPruning,), methods)
+
+
+def _holds_masks(filepath: str | pathlib.Path) -> bool:
+    """Whether a file holds bool variables, as that of a model with masks does. Also true where Keras must say what is wrong."""
+    path = pathlib.Path(filepath)
+    try:
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as weights:
+                return _holds_bools(weights)
+        if path.suffix == ".json":
+            shards = json.loads(path.read_text())["weight_map"].values()
+            names = {name for shard in shards for name in ([shard] if isinstance(shard, str) else shard)}
+            return any(_holds_bools(path.parent / name) for name in names)
+        return _holds_bools(path)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return True
+
+
+def _holds_bools(file: Any) -> bool:
+    with h5py.File(file, "r") as group:
+        return bool(group.visititems(lambda _, item: (isinstance(item, h5py.Dataset) and item.dtype == bool) or None))

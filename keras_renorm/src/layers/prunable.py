@@ -1,0 +1,481 @@
+"""What every prunable layer has: masks and scales beside its kernels, applied in `call`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm.src.core import registry, validation
+from keras_renorm.src.core.arrays import as_array
+from keras_renorm.src.kernels import masks
+from keras_renorm.src.kernels.events import prune_kernel
+from keras_renorm.src.layers.kernels import Kernel, find_kernels
+from keras_renorm.src.rules import criteria, patterns, renorm, schedules
+
+NEVER = -1
+_GOAL = "goal"
+
+# By `id`, the variables that hold effective kernels in the call that is under way.
+_calls = threading.local()
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunableKernel(Kernel):
+    """A kernel with its mask (bool, shaped like it) and its scale (float, broadcasts against it).
+
+    `settled`, where a layer has it, says that the masked values are zero and stay so in the training steps to come: those of
+    a model that is guarded need not look at the mask on the way forward (`keras_renorm.settling`).
+    """
+
+    mask: keras.Variable
+    scale: keras.Variable
+    settled: keras.Variable | None = None
+
+    @property
+    def is_effective(self) -> bool:
+        """Whether the variable holds the effective kernel already, within a call of a layer around the one with the masks."""
+        return id(self.variable) in getattr(_calls, "effective", ())
+
+    def masked(self) -> Any:
+        """The kernel, zero where the mask is, without a gradient for what is masked."""
+        kernel = _tensor(self.variable)
+        # `where`, not a product: a masked value may have become infinite and still must not count.
+        return ops.where(_tensor(self.mask), kernel, ops.zeros((), kernel.dtype))
+
+    def product(self, inputs: Any, training: bool | None) -> Any:
+        """`inputs @ masked()`, for one row a sample."""
+        is_sparse = hasattr(inputs, "dense_shape")
+        if self.settled is None or not (training or is_sparse):
+            return ops.matmul(inputs, self.masked())
+        from keras_renorm.src.layers.product import masked_product, masked_rows
+
+        kernel, mask = _tensor(self.variable), _tensor(self.mask)
+        if is_sparse:
+            return ops.matmul(inputs, masked_rows(kernel, mask))
+        settled = _tensor(self.settled) if is_trusted(self) else None
+        return masked_product(ops.cast(inputs, kernel.dtype), kernel, mask, settled)
+
+    def effective(self) -> Any:
+        """What the layer computes with: the masked kernel times the scale."""
+        if self.is_effective:
+            return _tensor(self.variable)
+        kernel = self.masked()
+        return kernel * ops.cast(self.scale, kernel.dtype)
+
+
+_training = threading.local()
+
+
+@contextlib.contextmanager
+def trusting(kernels: Collection[PrunableKernel]) -> Iterator[None]:
+    """Here `settled` of these kernels is believed: what is traced in this thread looks at it."""
+    before, _training.trusted = getattr(_training, "trusted", ()), kernels
+    try:
+        yield
+    finally:
+        _training.trusted = before
+
+
+def is_trusted(kernel: PrunableKernel) -> bool:
+    return any(kernel is one for one in getattr(_training, "trusted", ()))
+
+
+class _RecordingScope(keras.StatelessScope):
+    """A `StatelessScope` that remembers which variables were assigned, tracked by a layer or not (states of an RNN)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.updated = []
+
+    def add_update(self, update):
+        variable, _ = update
+        if all(variable is not known for known in self.updated):
+            self.updated.append(variable)
+        super().add_update(update)
+
+
+class PrunableLayer:
+    """Mix-in for layers whose kernels are pruned while the layer is in use. Stands before the Keras layer in the bases.
+
+    Args:
+        pruning_schedule: when to prune and how much; `None` leaves it to the callback.
+        criterion: what scores the weights.
+        pattern: which weights live and die together.
+        group: `"layer"` or `"unit"`: which weights compete with each other.
+        renormalize: what is done to the survivors at each event; `None` for nothing.
+        regrow: whether a removed weight may come back at a later event.
+    """
+
+    def __init__(
+        self,
+        *args,
+        pruning_schedule=None,
+        criterion="magnitude",
+        pattern="unstructured",
+        group="layer",
+        renormalize="auto",
+        regrow=False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self._set_pruning(pruning_schedule, criterion, pattern, group, renormalize, regrow)
+
+    def _set_pruning(self, pruning_schedule, criterion, pattern, group, renormalize, regrow):
+        if getattr(self, "lora_rank", None):
+            self.enable_lora(self.lora_rank)
+        self.pruning_schedule = schedules.get(pruning_schedule)
+        self.criterion = criteria.get(criterion)
+        self.pattern = patterns.get(pattern)
+        self.group = validation.check_choice(group, masks.GROUPS, "group")
+        self.renormalize = renorm.get(renormalize, group)
+        self.pattern.check(getattr(self.pruning_schedule, "max_sparsity", 0.0), group)
+        self.regrow = validation.check_choice(regrow, (True, False), "regrow")
+        self.masked_kernels = ()
+        self.goal: schedules.Goal | None = None
+        self._count = None
+
+    # Whether `call` uses kernels by `product`, so that they can be settled.
+    _settles = False
+
+    def become_prunable(self, **arguments: Any) -> None:
+        """Take on masks, as a copy of a built layer of the plain class that was given this class.
+
+        Args:
+            **arguments: all arguments of `__init__` here.
+        """
+        # Keras lets no layer that is built have more variables.
+        self._tracker.unlock()
+        self._set_pruning(**arguments)
+        self._add_masks(self)
+        self._lock_state()
+
+    def _add_masks(self, layer: keras.Layer) -> None:
+        """Create a mask and a scale for every kernel of `layer`, where they are; to be called at the end of `build`."""
+        adopted = {id(kernel.variable) for kernel in self._adopted_kernels(layer)}
+        kernels = [kernel for kernel in find_kernels(layer) if id(kernel.variable) not in adopted]
+        if not kernels and adopted:
+            return
+        if not kernels:
+            raise ValueError(
+                f"Layer '{layer.name}' (of type {type(layer).__name__}) has nothing to prune: it has no kernel. A layer of "
+                "your own can name its weights with a method `get_prunable_weights()` that returns a list of variables."
+            )
+        masked = []
+        for kernel in kernels:
+            inner_path = kernel.variable.path.removeprefix(f"{layer.path}/")
+            prefix = "" if len(kernels) == 1 else inner_path.replace("/", "_") + "_"
+            mask = self.add_weight(
+                name=f"{prefix}mask", shape=kernel.variable.shape, dtype="bool", initializer="ones", trainable=False
+            )
+            scale = self.add_weight(
+                name=f"{prefix}scale",
+                shape=_scale_shape(kernel),
+                dtype="float32",
+                initializer="ones",
+                trainable=False,
+            )
+            # Not a weight of the layer: it holds for a training that is under way. JAX would take it for a constant, and
+            # PyTorch cannot compile gradients of one's own.
+            settled = None
+            if self._settles and keras.backend.backend() == "tensorflow":
+                settled = keras.Variable("zeros", shape=(), dtype="bool", trainable=False, name=f"{prefix}settled")
+            masked.append(PrunableKernel(kernel.variable, kernel.input_axes, mask, scale, settled))
+            if kernel.variable.regularizer is not None:
+                kernel.variable.regularizer = _OfEffectiveKernel(kernel.variable.regularizer, masked[-1])
+        self.pruning_step = self.add_weight(
+            name="pruning_step", shape=(), dtype="int32", initializer=keras.initializers.Constant(NEVER), trainable=False
+        )
+        self.masked_kernels = tuple(masked)
+
+    def _call_masked(self, layer: keras.Layer, function: Callable, *args, **kwargs) -> Any:
+        """Call `function`, which reads the variables of `layer`, with the effective kernels in place of the kernels."""
+        kernels = [*self.masked_kernels, *self._adopted_kernels(layer)]
+        effective = {id(kernel.variable): kernel.effective() for kernel in kernels}
+        variables = layer.variables + layer.metrics_variables
+        if len(effective.keys() & {id(variable) for variable in variables}) < len(effective):
+            raise ValueError(
+                f"Layer '{layer.name}' no longer has the kernels that its masks were made for: it was quantized or rebuilt. "
+                "Use `keras_renorm.strip(model)` first, and quantize the result."
+            )
+        # Within a scope only mapped variables have the values of the scopes around it, so all are mapped.
+        scope = _RecordingScope(
+            [(variable, effective.get(id(variable), variable)) for variable in variables],
+            collect_losses=True,
+            initialize_variables=False,
+        )
+        outer = getattr(_calls, "effective", ())
+        _calls.effective = {*outer, *effective}
+        try:
+            with scope:
+                outputs = function(*args, **kwargs)
+        finally:
+            _calls.effective = outer
+        for variable in scope.updated:
+            variable.assign(scope.get_current_value(variable))
+        for loss in scope.losses:
+            self.add_loss(loss)
+        return outputs
+
+    def _adopted_kernels(self, layer: keras.Layer) -> list[PrunableKernel]:
+        """The kernels within `layer` whose masks belong to a prunable layer in it."""
+        return [kernel for part in prunable_layers(layer) if part is not self for kernel in part.masked_kernels]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the masks."""
+        kept, size = self.count_kept()
+        return 1 - kept / size if size else 0.0
+
+    def count_kept(self) -> tuple[int, int]:
+        """How many weights of the kernels are kept, out of how many."""
+        kept = sum(int(np.count_nonzero(as_array(kernel.mask))) for kernel in self.masked_kernels)
+        return kept, sum(kernel.size for kernel in self.masked_kernels)
+
+    def update_masks(self, sparsity: float) -> None:
+        """One event: prune every kernel to `sparsity` and renormalize what is left.
+
+        Raises:
+            ValueError: if a kernel holds NaN or infinity, or the pattern cannot give the sparsity; nothing is changed then.
+        """
+        self.assign_masks(self.compute_pruning_masks(sparsity))
+
+    def compute_pruning_masks(
+        self,
+        sparsity: float | Sequence[float],
+        read: np.ndarray | None = None,
+        scores: Mapping[int, np.ndarray] | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The masks and scales of an event, in the order of `masked_kernels`, without assigning them.
+
+        Args:
+            sparsity: fraction of the weights to remove, in [0, 1), or one for each kernel.
+            read: for a layer with one kernel, whether anything reads each unit; `None` if all are read.
+            scores: of the weights, by the `id` of the kernel's variable; `None` to ask the criterion.
+        """
+        sparsities = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(self.masked_kernels)
+        return [
+            self._compute_mask(kernel, one, read, None if scores is None else scores[id(kernel.variable)])
+            for kernel, one in zip(self.masked_kernels, sparsities, strict=True)
+        ]
+
+    def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+        """Set mask and scale of every kernel. Answers whether any was another before."""
+        changed = False
+        for kernel, (mask, scale) in zip(self.masked_kernels, masks_and_scales):
+            scale = np.reshape(scale, kernel.scale.shape)
+            if np.array_equal(mask, as_array(kernel.mask)) and np.array_equal(scale, as_array(kernel.scale)):
+                continue
+            kernel.mask.assign(mask)
+            kernel.scale.assign(scale)
+            changed = True
+        return changed
+
+    def keep_all(self, kernels: Sequence[PrunableKernel]) -> None:
+        """Keep all weights of some kernels, with scales of one, and count steps from the start, as in a new layer."""
+        for kernel in kernels:
+            kernel.mask.assign(ops.ones(kernel.mask.shape, "bool"))
+            kernel.scale.assign(ops.ones(kernel.scale.shape))
+        self.count_steps(NEVER, write=True)
+
+    def mask_zeros(self) -> None:
+        """Mask the weights that are zero, such as those of a sparse model whose weights were loaded."""
+        for kernel in self.masked_kernels:
+            kept = as_array(kernel.mask) & (as_array(kernel.variable) != 0)
+            kernel.mask.assign(kept)
+
+    def _compute_mask(
+        self, masked: PrunableKernel, sparsity: float, read: np.ndarray | None, scores: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        kernel, mask, scale = (as_array(variable) for variable in (masked.variable, masked.mask, masked.scale))
+        return prune_kernel(
+            kernel,
+            sparsity,
+            self.criterion if scores is None else lambda kernel: scores,
+            self.pattern,
+            self.group,
+            self.renormalize,
+            masked.input_axes,
+            mask=mask,
+            scale=scale,
+            regrow=self.regrow,
+            read=read,
+            description=f"Kernel '{masked.variable.path}' of layer '{self.name}'",
+        )
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"{type(self).__name__} does not take LoRA (`lora_rank`, `enable_lora`): merging its update would fill the "
+            "pruned weights in again. Train with LoRA first and prune the merged model, or `keras_renorm.strip` this "
+            "model and enable LoRA on the result."
+        )
+
+    def quantize(self, *args, **kwargs):
+        # What `Model.quantize` turns into a warning.
+        raise NotImplementedError(
+            f"{type(self).__name__} '{self.name}' is not quantized: masks are for kernels of floating point. Call "
+            "`keras_renorm.strip(model)` first, and quantize the result."
+        )
+
+    def count_steps(self, steps: int, write: bool) -> None:
+        """Note how many batches were trained. The variable is written when asked, and whenever the layer is saved."""
+        if write:
+            self.pruning_step.assign(steps)
+        self._count = (steps, steps if write else self._count[1])
+
+    @property
+    def was_restored(self) -> bool:
+        """Whether the step is one that was counted before, and came back with its weights."""
+        return self._count is not None and self._step() < self._count[0] and self._step() != self._count[1]
+
+    def _step(self) -> int:
+        return int(ops.convert_to_numpy(self.pruning_step))
+
+    def save_own_variables(self, store):
+        # Not if the variable was set by somebody else in between, as by restoring the best weights.
+        if self._count is not None and self._step() == self._count[1]:
+            self.count_steps(self._count[0], write=True)
+        # Not the Keras layer's own, which stores only the variables that it knows of.
+        keras.Layer.save_own_variables(self, store)
+        if self.goal is not None:
+            store[_GOAL] = np.array(dataclasses.astuple(self.goal))
+
+    def load_own_variables(self, store):
+        values = {key: store[key] for key in store.keys()}  # noqa: SIM118 (a store is no dict)
+        goal = values.pop(_GOAL, None)
+        self.goal = None if goal is None else _goal_from(goal)
+        own = self._trainable_variables + self._non_trainable_variables
+        plain = without_added(own, [self])
+        if plain and len(values) == len(plain):
+            _load_plain(self, plain, values)
+        else:
+            keras.Layer.load_own_variables(self, values)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "pruning_schedule": schedules.serialize(self.pruning_schedule),
+            "criterion": registry.serialize(self.criterion),
+            "pattern": registry.serialize(self.pattern),
+            "group": self.group,
+            "renormalize": registry.serialize(self.renormalize),
+            "regrow": self.regrow,
+        }
+
+
+PRUNING_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(PrunableLayer.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def drop_in(cls: type) -> type:
+    """Class decorator: show the Keras layer's own signature, with the pruning arguments as keyword-only ones behind it."""
+    plain = inspect.signature(cls.plain_class.__init__).parameters.values()
+    pruning = [inspect.signature(PrunableLayer.__init__).parameters[name] for name in PRUNING_ARGUMENTS]
+    kwargs = [parameter for parameter in plain if parameter.kind is parameter.VAR_KEYWORD]
+    arguments = [parameter for parameter in plain if parameter.kind is not parameter.VAR_KEYWORD]
+    cls.__signature__ = inspect.Signature(arguments[1:] + pruning + kwargs)
+    return cls
+
+
+def prunable_layers(layer: keras.Layer) -> list[PrunableLayer]:
+    """All built layers with masks in a model (or layer, itself included), in order, each once."""
+    return [part for part in layer._flatten_layers() if isinstance(part, PrunableLayer) and part.masked_kernels]
+
+
+def sparsity_of(model: keras.Layer) -> float:
+    """Fraction of zeros over all masks of a model."""
+    counts = [layer.count_kept() for layer in prunable_layers(model)]
+    return 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
+
+
+def plain_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The variables of a layer but for masks, scales and steps: those of its plain counterpart, in its order."""
+    return without_added(layer.variables, prunable_layers(layer))
+
+
+def plain_weights(layer: keras.Layer) -> list[keras.Variable]:
+    """The same of its weights: what `set_weights` of its plain counterpart takes."""
+    return without_added(layer.weights, prunable_layers(layer))
+
+
+def reset_masks(layer: keras.Layer, variables: Sequence[keras.Variable]) -> None:
+    """Keep all weights of those kernels of a layer that are among `variables`, as they got plain values."""
+    loaded = {id(variable) for variable in variables}
+    for part in prunable_layers(layer):
+        kernels = [kernel for kernel in part.masked_kernels if id(kernel.variable) in loaded]
+        if kernels:
+            part.keep_all(kernels)
+
+
+def without_added(variables: Sequence[keras.Variable], layers: Sequence[PrunableLayer]) -> list[keras.Variable]:
+    """The variables without the masks, scales and steps of some layers."""
+    added = set()
+    for layer in layers:
+        if layer.masked_kernels:
+            added.add(id(layer.pruning_step))
+        added.update(id(variable) for kernel in layer.masked_kernels for variable in (kernel.mask, kernel.scale))
+    return [variable for variable in variables if id(variable) not in added]
+
+
+def _load_plain(layer: PrunableLayer, variables: Sequence[keras.Variable], store: Mapping[str, Any]) -> None:
+    """Load what the plain counterpart of a layer stored, and keep all weights."""
+    values = [store[str(index)] for index in range(len(variables))]
+    for variable, value in zip(variables, values):
+        stored = keras.backend.standardize_dtype(value.dtype)
+        if keras.backend.is_float_dtype(stored) != keras.backend.is_float_dtype(variable.dtype):
+            raise ValueError(
+                f"Layer '{layer.name}' expected values of type {variable.dtype} for '{variable.name}', but {stored} is stored: "
+                "the layer was quantized. Load the weights from before."
+            )
+        if tuple(value.shape) != tuple(variable.shape):
+            raise ValueError(
+                f"Layer '{layer.name}' expected shape {tuple(variable.shape)} for '{variable.name}', but "
+                f"{tuple(value.shape)} is stored."
+            )
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+    layer.keep_all(layer.masked_kernels)
+
+
+def plain_values(layer: keras.Layer) -> list[Any]:
+    """What `plain_variables` must hold in the plain counterpart for it to compute what `layer` computes."""
+    effective = {id(kernel.variable): kernel for part in prunable_layers(layer) for kernel in part.masked_kernels}
+    return [effective[id(v)].effective() if id(v) in effective else v for v in plain_variables(layer)]
+
+
+def _goal_from(values: np.ndarray) -> schedules.Goal:
+    sparsity, last_event, sparsity_at_last_event, end_step, began = (float(value) for value in np.asarray(values))
+    return schedules.Goal(sparsity, int(last_event), sparsity_at_last_event, int(end_step), int(began))
+
+
+def _scale_shape(kernel: Kernel) -> list[int]:
+    """The shortest shape that broadcasts against the kernel with one number a unit: `(units,)` for a Dense kernel."""
+    shape = [1 if axis in kernel.input_axes else side for axis, side in enumerate(kernel.variable.shape)]
+    while len(shape) > 1 and shape[0] == 1:
+        shape.pop(0)
+    return shape
+
+
+def _tensor(variable: keras.Variable) -> Any:
+    """The value of a variable, in the dtype that layers compute in. (`convert_to_tensor` may give the variable itself.)"""
+    return ops.cast(variable, variable.dtype)
+
+
+class _OfEffectiveKernel(keras.regularizers.Regularizer):
+    """The regularizer of what the layer computes with, so that masked values neither cost nor move."""
+
+    def __init__(self, regularizer: Callable, kernel: PrunableKernel):
+        self.regularizer, self.kernel = regularizer, kernel
+
+    def __call__(self, variable):
+        return self.regularizer(self.kernel.effective())

@@ -1,0 +1,282 @@
+"""Rounds of pruning by activity, down to the smallest network that still does the task."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.scoring import Seen, masks_of, see
+from keras_renorm.src.core import validation
+from keras_renorm.src.core.moments import InputSizes
+from keras_renorm.src.core.tables import format_table
+from keras_renorm.src.layers.prunable import prunable_layers
+from keras_renorm.src.methods import rounds as loop
+from keras_renorm.src.pruning.conversion import copy_model, plain_copy, plain_variables, to_prunable
+from keras_renorm.src.pruning.model_event import assign_masks, remove_unread_units
+from keras_renorm.src.rules.criteria import Activity
+
+# A failed round is tried again with half, a quarter and an eighth of what it removed.
+SMALLEST_STEP = 0.125
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuralRelief(loop.Outcome):
+    """What `neural_relief` did. Printing it shows the rounds as a table.
+
+    `Round.details` of each row of `history` holds:
+
+    - `"before"`: the metric after pruning and before retraining;
+    - `"parameters"`: how many are left: weights, biases and normalization weights of units that have connections left;
+    - `"flops"`: of one sample, two for each weight at each position where it is used;
+    - `"units"`: by the name of the layer, how many of its units have connections left.
+    """
+
+    @property
+    def compression(self) -> float:
+        """How many times fewer parameters `model` has than the dense one."""
+        last = [row for row in self.history if row.held][-1]
+        return self.history[0].details["parameters"] / last.details["parameters"]
+
+    def __str__(self) -> str:
+        dense = self.history[0].details
+        header = ("round", "before", self.metric, "held", "parameters", "compression", "FLOPs left", "epochs", "units", "note")
+        cells = [
+            (
+                str(row.round),
+                f"{row.details['before']:.4g}",
+                f"{row.metric:.4g}",
+                "yes" if row.held else "no",
+                f"{row.details['parameters']:,}",
+                f"{dense['parameters'] / row.details['parameters']:.2f}x",
+                f"{row.details['flops'] / dense['flops']:.2%}",
+                str(row.epochs),
+                "-".join(map(str, row.details["units"].values())),
+                row.note,
+            )
+            for row in self.history
+        ]
+        end = "" if self.floor is None else f"\nfloor of {self.metric}: {self.floor:.4g}"
+        return format_table(header, cells, right=(0, 1, 2, 4, 5, 6, 7)) + end
+
+    __repr__ = __str__
+
+
+def neural_relief(
+    model: keras.Model,
+    data: Any,
+    alpha_conv: float = 0.95,
+    alpha_dense: float = 0.95,
+    rounds: int = 10,
+    fit: Mapping[str, Any] | Callable[[keras.Model], Any] | None = None,
+    metric: str = "val_accuracy",
+    floor: float | None = None,
+    tolerance: float | None = None,
+    mode: str = "auto",
+    evaluate: Callable[[keras.Model], float] | None = None,
+    layers: Any = None,
+    rewind: keras.Model | None = None,
+    directory: str | os.PathLike | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    verbose: int | str = "auto",
+) -> NeuralRelief:
+    """Keep what carries the activity, remove what no longer does anything, retrain; again and again.
+
+    A round lets samples run through the network and scores every connection by what it carries
+    (`keras_renorm.criteria.Activity`). Each unit keeps the smallest set of connections whose scores reach a share `alpha` of
+    its total. Then connections from what is zero for all samples go, and, from the outputs back, all connections of units
+    that nothing reads any more, through residual and concatenating graphs. The rest is trained with the optimizer and its
+    learning rate as they were at first.
+
+    With a `floor` or a `tolerance`, a round that misses it is taken back and tried again with half as much removed (`1 - alpha`
+    halved, three times at most). Kernels that samples do not serve (recurrent, embedding, your own layers) stay as they are.
+
+    The model passed in stays as it is.
+
+    Source: A. Dekhovich, D. Tax, M. Sluiter and M. Bessa, Neural network relief: a pruning algorithm based on neural activity,
+    arXiv 2109.10795. There biases are pruned as well, and in residual networks an operand of a sum that carries less than a
+    share `1 - alpha` of it; here neither is. Floor and going back are added here.
+
+    Args:
+        model: a trained and compiled Sequential or Functional model, plain or with prunable layers.
+        data: unlabelled samples to score with (the paper takes 1000), as `calibration` in `keras_renorm.prune`.
+        alpha_conv: share of a unit's activity to keep in convolutions, in (0, 1].
+        alpha_dense: the same in all other layers.
+        rounds: how many rounds at most. It ends before if a round finds nothing to remove.
+        fit: the retraining of a round: a dict of arguments of `model.fit`, or a function `model -> logs` (or `History`).
+        metric: name of the metric in the logs of `fit`; its value in the last epoch counts.
+        floor: the value that the metric has to hold; `None` for none.
+        tolerance: how far it may be from the trained model's, in its own units; `None` for any.
+        mode: `"max"` if larger values of the metric are better, `"min"` if smaller ones are, `"auto"` to tell by its name.
+        evaluate: function `model -> metric`, for the value before retraining. By default the model is evaluated on `fit`'s
+            `validation_data`, or on its `x` and `y` if the metric is one of training.
+        layers: which layers of a plain model to prune, as in `keras_renorm.to_prunable`.
+        rewind: a model of the same architecture, whose weights the survivors are given before each retraining, such as a copy
+            made before training: what the paper does for the LeNets. `None` to go on from the trained ones.
+        directory: folder for the state, written after every round. If it holds the state of the same run, the run goes on
+            where it was. One run at a time can have it.
+        seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`.
+        batch_size: how many samples of `data` to run at once, where they come as arrays.
+        verbose: `"auto"`, 0, 1, or 2: the progress bar.
+
+    Returns:
+        A `NeuralRelief` with `model` (of plain Keras layers), `history`, `sparsity`, `compression`, and `plot()`.
+
+    Raises:
+        ValueError: if an argument is not possible, the metric is not in the logs, the trained model does not hold the floor, or
+            the directory holds the state of another run, is used by another run now, or holds a damaged state.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> keras.utils.set_random_seed(0)
+    >>> x = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(1)])
+    >>> model.compile(keras.optimizers.Adam(0.01), "mse")
+    >>> fit = dict(x=x, y=x[:, :1], epochs=20)
+    >>> history = model.fit(**fit, verbose=0)
+    >>> found = kr.methods.neural_relief(model, x, 0.9, 0.9, rounds=2, fit=fit, metric="loss", verbose=0)
+    >>> found.compression > 1.5
+    True
+    """
+    validation.check_model(model)
+    for value, argument in ((alpha_conv, "alpha_conv"), (alpha_dense, "alpha_dense")):
+        validation.check_share(value, argument)
+    if floor is not None and tolerance is not None:
+        raise ValueError(f"Pass `floor` or `tolerance`, not both. Received: floor={floor}, tolerance={tolerance}.")
+    plan = loop.Plan(
+        fit=loop.check_fit(fit, model),
+        goal=loop.Goal(metric, loop.direction(metric, mode), floor, tolerance),
+        step=1.0,
+        smallest_step=SMALLEST_STEP,
+        max_rounds=validation.check_count(rounds, "rounds"),
+        stop_early=False,
+        seed=seed,
+        verbose=validation.check_verbose(verbose),
+    )
+    measure = evaluate or _evaluation(fit, metric)
+    pruned = copy_model(model)[0] if prunable_layers(model) else to_prunable(model, layers, renormalize=None)
+    early = _early_weights(pruned, rewind)
+    # `rounds` is no part of it: a run may go on for more of them.
+    settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=plan.goal.better, seed=seed)
+    settings.update(alpha_conv=alpha_conv, alpha_dense=alpha_dense, rewind=rewind is not None)
+    with contextlib.ExitStack() as stack:
+        samples = stack.enter_context(Samples(data, model, batch_size))
+        positions = {}
+
+        def look() -> dict[str, Any]:
+            parameters, flops, units = _what_is_left(pruned, positions)
+            return {"before": measure(pruned), "parameters": parameters, "flops": flops, "units": units}
+
+        def first():
+            seen = _see(pruned, samples)
+            positions.update({key: one.statistics.sizes.shape[1] for key, one in seen.items()})
+            details = look()
+            return details["before"], details
+
+        def prune(step):
+            seen = _see(pruned, samples)
+            positions.update({key: one.statistics.sizes.shape[1] for key, one in seen.items()})
+            _keep_shares(pruned, seen, 1 - step * (1 - alpha_conv), 1 - step * (1 - alpha_dense))
+            # What no sample brings to life any more.
+            _keep_shares(pruned, _see(pruned, samples), 1.0, 1.0)
+            remove_unread_units(pruned)
+            details = look()
+            for variable, value in early:
+                variable.assign(value)
+            return details
+
+        state = loop.run_rounds(pruned, prune, plan, directory, settings, first, reset_optimizer=True)
+    return NeuralRelief(plain_copy(pruned)[0], tuple(state.history), metric, state.floor)
+
+
+def _see(model: keras.Model, samples: Samples) -> dict[int, Seen]:
+    """What is known of the inputs of each kernel, by the `id` of its variable."""
+    plain, variables = plain_copy(model)
+    seen = see(plain, samples, InputSizes)
+    return {key: seen[id(variable)] for key, variable in variables.items() if id(variable) in seen}
+
+
+def _keep_shares(model: keras.Model, seen: dict[int, Seen], alpha_conv: float, alpha_dense: float) -> None:
+    conv = {key: one for key, one in seen.items() if hasattr(one.part.layer, "kernel_size")}
+    masks = masks_of(conv, Activity(alpha_conv))
+    masks.update(masks_of({key: one for key, one in seen.items() if key not in conv}, Activity(alpha_dense)))
+    assign_masks(model, masks)
+
+
+def _what_is_left(model: keras.Model, positions: dict[int, int]) -> tuple[int, int, dict[str, int]]:
+    """Parameters, FLOPs of a sample, and units of each prunable layer that have connections."""
+    units, alive, flops = {}, {}, 0
+    parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    for layer in prunable_layers(model):
+        for kernel in layer.masked_kernels:
+            mask = ops.convert_to_numpy(kernel.mask)
+            parameters -= mask.size - np.count_nonzero(mask)
+            flops += 2 * int(np.count_nonzero(mask)) * positions.get(id(kernel.variable), 1)
+            alive[id(layer)] = mask.any(axis=kernel.input_axes).reshape(-1)
+        units[layer.name] = int(np.count_nonzero(alive[id(layer)]))
+        parameters -= _of_dead_units(layer, alive[id(layer)])
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) and len(layer._inbound_nodes) == 1:
+            maker = layer._inbound_nodes[0].input_tensors[0]._keras_history.operation
+            if id(maker) in alive:
+                dead = np.count_nonzero(~alive[id(maker)])
+                parameters -= sum(dead for v in layer.trainable_variables if v.shape == alive[id(maker)].shape)
+    return int(parameters), flops, units
+
+
+def _of_dead_units(layer: keras.Layer, alive: np.ndarray) -> int:
+    """How many biases belong to units without connections."""
+    kernels = {id(kernel.variable) for kernel in layer.masked_kernels}
+    biases = [v for v in layer.trainable_variables if id(v) not in kernels and int(np.prod(v.shape)) == alive.size]
+    return len(biases) * int(np.count_nonzero(~alive))
+
+
+def _evaluation(fit: Any, metric: str) -> Callable[[keras.Model], float]:
+    """How to measure a model without training it, from the arguments of `fit`."""
+    name = metric.removeprefix("val_")
+    if isinstance(fit, Mapping):
+        data, size = (fit.get("x"), fit.get("y")), fit.get("batch_size")
+        if metric.startswith("val_"):
+            data, size = fit.get("validation_data"), fit.get("validation_batch_size", size)
+        data = data if isinstance(data, (tuple, list)) else (data, None)
+        if data[0] is not None:
+            x, y, *weights = data
+            arguments = dict(zip(("x", "y", "sample_weight"), (x, y, *weights)))
+            return lambda model: _logged(model.evaluate(**arguments, batch_size=size, verbose=0, return_dict=True), name)
+    raise ValueError(
+        "Argument `evaluate` is needed to measure the model before retraining, as `fit` does not have the data for metric "
+        f"{metric!r}. Pass `evaluate=lambda model: ...`, or `validation_data` in `fit`. Received: evaluate=None."
+    )
+
+
+def _logged(logs: Mapping[str, float], name: str) -> float:
+    if name not in logs:
+        raise ValueError(
+            f"Argument `metric` is not measured by the model. Received: metric={name!r}. There are: {sorted(logs)}."
+        )
+    return float(logs[name])
+
+
+def _early_weights(model: keras.Model, rewind: keras.Model | None) -> list[tuple[keras.Variable, np.ndarray]]:
+    """The variables of a model with prunable layers, each with the value to go back to."""
+    if rewind is None:
+        return []
+    validation.check_model(rewind, "rewind")
+    plain = [variable for layer in model.layers for variable in plain_variables(layer)]
+    early = [variable for layer in rewind.layers for variable in plain_variables(layer)]
+    shapes = [[tuple(variable.shape) for variable in variables] for variables in (plain, early)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "Argument `rewind` must be a model of the same architecture. Received: a model whose weights have the shapes "
+            f"{shapes[1]}, where `model` has {shapes[0]}."
+        )
+    return [(variable, np.array(ops.convert_to_numpy(value))) for variable, value in zip(plain, early)]

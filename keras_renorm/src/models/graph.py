@@ -1,0 +1,235 @@
+"""Models as graphs of calls, models within them taken apart, and the same graph with other layers."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras.src.models import Functional
+
+from keras_renorm.src.models.copying import captured_by
+
+L = keras.layers
+
+# Others, such as softmax or a function of the user's, may mix channels: whoever reads one output reads them all.
+ELEMENTWISE_ACTIVATIONS = {
+    keras.activations.get(name)
+    for name in """
+        linear relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign tanh sigmoid hard_sigmoid hard_silu
+        exponential log_sigmoid
+    """.split()  # noqa: SIM905
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a layer or an operation.
+
+    Args:
+        operation: the layer or operation.
+        inputs: the tensors that it takes.
+        outputs: the tensors that it makes.
+        node: Keras' record of the call; its own tensors stand for `inputs` and `outputs`.
+        times: how often the operation, a part of it or one of its variables is used in the whole graph.
+        training: what the call, or that of the outermost model around it, says of `training`; `None` if it says nothing.
+    """
+
+    operation: Any
+    inputs: list
+    outputs: list
+    node: Any
+    times: int = 1
+    training: bool | None = None
+
+    def fill_in(self, tensors: dict[int, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of the call.
+
+        Args:
+            tensors: what stands for each of `inputs`, by `id`. All other arguments are as they were.
+        """
+        values = {id(key): tensors[id(tensor)] for key, tensor in zip(self.node.input_tensors, self.inputs)}
+        args, kwargs = self.node.arguments.fill_in(values)
+        if self.training is not None and getattr(self.operation, "_call_has_training_arg", False):
+            kwargs = {**kwargs, "training": self.training}
+        return args, kwargs
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A Sequential or Functional model as calls, each after those that make its inputs, models within it taken apart.
+
+    Args:
+        calls: the calls.
+        tensors: what the calls have for each tensor of the model itself, by `id`. They are not always the same: a model may
+            be called on its own inputs.
+    """
+
+    calls: list[Call]
+    tensors: dict[int, Any]
+
+    def canonical(self, tensor: Any) -> int:
+        """The `id` that the calls have for a tensor of the model itself."""
+        return id(self.tensors[id(tensor)])
+
+
+def graph_of(model: keras.Model) -> Graph:
+    """The calls of a built Sequential or Functional model. Models that are called more than once stay calls of their own."""
+    calls: list[Call] = []
+    taken: set[int] = set()
+
+    def own(tensor):
+        """A tensor of its own for each call: those of a model that is called within another may be in use there, too."""
+        if id(tensor) in taken:
+            tensor = keras.KerasTensor(tensor.shape, tensor.dtype, name=tensor.name)
+        taken.add(id(tensor))
+        return tensor
+
+    def enter(functional, tensors, training):
+        by_depth = functional._nodes_by_depth
+        inner = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+        uses = collections.Counter(id(node.operation) for node in inner)
+        for node in inner:
+            inputs = [tensors[id(tensor)] for tensor in node.input_tensors]
+            # As in Keras, what a model is called with goes before what the calls in it say.
+            here = node.arguments.kwargs.get("training") if training is None else training
+            within = functional_of(node.operation) if uses[id(node.operation)] == 1 else None
+            if within is not None and _takes_as_they_are(within, node):
+                made = enter(within, dict(zip(map(id, within.inputs), inputs)), here)
+                outputs = [made[id(tensor)] for tensor in within.outputs]
+            else:
+                outputs = [own(tensor) for tensor in node.outputs]
+                calls.append(Call(node.operation, inputs, outputs, node, training=here))
+            tensors.update(zip(map(id, node.outputs), outputs))
+        return tensors
+
+    functional = functional_of(model)
+    taken.update(map(id, functional.inputs))
+    tensors = enter(functional, {id(tensor): tensor for tensor in functional.inputs}, None)
+    parts = {id(part): part for part in (*model._flatten_layers(), *model.variables)}
+    used = [_used_by(call, parts) for call in calls]
+    users = collections.Counter(key for keys in used for key in keys)
+    counted = [dataclasses.replace(call, times=max(users[key] for key in keys)) for call, keys in zip(calls, used)]
+    return Graph(counted, tensors)
+
+
+def users_of(model: keras.Model) -> dict[int, list[Any]]:
+    """The layers and operations that use a layer or a variable, by its `id`, but for models, whose layers are looked at."""
+    parts = {id(part): part for part in (*model._flatten_layers(), *model.variables)}
+    graphs = [found for part in model._flatten_layers() if (found := functional_of(part)) is not None]
+    nodes = [node for graph in graphs for of_depth in graph._nodes_by_depth.values() for node in of_depth]
+    users: dict[int, list[Any]] = {}
+    for node in {id(node): node for node in nodes if not isinstance(node.operation, (keras.Sequential, Functional))}.values():
+        for key in _used_by(Call(node.operation, [], [], node), parts):
+            if all(node.operation is not known for known in users.setdefault(key, [])):
+                users[key].append(node.operation)
+    return users
+
+
+def _takes_as_they_are(within: Functional, node: Any) -> bool:
+    """Whether a model gives to its layers what it is called with: it may cast, add axes, look inputs up by their names."""
+    given = node.input_tensors
+    others = [value for name, value in node.arguments.kwargs.items() if name != "training"]
+    return (
+        len(given) == len(within.inputs)
+        and len(node.arguments.args) == 1
+        and _in_the_same_order(within._inputs_struct, node.arguments.args[0])
+        and all(value is None for value in keras.tree.flatten(others))
+        and all(one.dtype == other.dtype and len(one.shape) == len(other.shape) for one, other in zip(given, within.inputs))
+    )
+
+
+def _in_the_same_order(wanted: Any, given: Any) -> bool:
+    if isinstance(wanted, dict) or isinstance(given, dict):
+        return (
+            isinstance(wanted, dict)
+            and isinstance(given, dict)
+            and wanted.keys() == given.keys()
+            and all(_in_the_same_order(wanted[key], given[key]) for key in wanted)
+        )
+    if isinstance(wanted, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(wanted) == len(given) and all(map(_in_the_same_order, wanted, given))
+    return True
+
+
+def _used_by(call: Call, parts: dict[int, Any]) -> set[int]:
+    """The `id` of all that a call uses: its operation, the layers in it, their variables, those among its arguments, and what
+    its functions read from elsewhere."""
+    used = [call.operation, *captured_by(call.operation, parts)]
+    for one in tuple(used):
+        if isinstance(one, keras.Layer):
+            used += [*one._flatten_layers(), *one.variables]
+    used += [one for one in call.node.arguments._flat_arguments if isinstance(one, keras.Variable)]
+    return set(map(id, used))
+
+
+def functional_of(model: Any) -> Functional | None:
+    """The functional graph of a model; `None` for anything else, such as a subclass with a `call` of its own."""
+    if isinstance(model, keras.Sequential):
+        return getattr(model, "_functional", None) if type(model).call is keras.Sequential.call else None
+    return model if isinstance(model, Functional) and type(model).call is Functional.call else None
+
+
+def check_graph(model: keras.Model) -> None:
+    """Raise if the calls of a model cannot be seen."""
+    if functional_of(model) is None:
+        raise ValueError(
+            f"Argument `model` must be a Sequential or Functional model. Received: model={model.name} (of type "
+            f"{type(model).__name__}), whose graph cannot be seen from outside."
+        )
+
+
+def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Callable]) -> keras.Model:
+    """A model of the same graph with other operations.
+
+    Args:
+        model: the model.
+        graph: its calls.
+        operation_for: gives for each call what is called in its place, with the same arguments.
+
+    Returns:
+        A new model; Sequential if `model` is and the new operations make a chain.
+    """
+    functional = functional_of(model)
+    inputs = [_input_like(tensor) for tensor in functional.inputs]
+    made = dict(zip(map(id, functional.inputs), inputs))
+    for call in graph.calls:
+        args, kwargs = call.fill_in(made)
+        made.update(zip(map(id, call.outputs), keras.tree.flatten(operation_for(call)(*args, **kwargs))))
+    ends = [
+        keras.tree.map_structure(lambda tensor: made[graph.canonical(tensor)], structure)
+        for structure in (functional._inputs_struct, functional._outputs_struct)
+    ]
+    if isinstance(model, keras.Sequential) and (layers := _chain(ends[1])) is not None:
+        return keras.Sequential([inputs[0], *layers], name=model.name)
+    return keras.Model(*ends, name=model.name)
+
+
+def _input_like(tensor: Any) -> Any:
+    layer = tensor._keras_history.operation
+    made = keras.Input(
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        sparse=tensor.sparse,
+        name=layer.name,
+        optional=getattr(layer, "optional", False),
+    )
+    # Where the user gave no name, that of the layer is another.
+    made.name = tensor.name
+    return made
+
+
+def _chain(output: Any) -> list | None:
+    """The layers of which each takes what the one before makes, and the last makes this tensor; `None` if there are others."""
+    layers: list = []
+    while True:
+        operation, index, _ = output._keras_history
+        if isinstance(operation, L.InputLayer):
+            return layers[::-1]
+        sources = operation._inbound_nodes[index].input_tensors
+        if len(sources) != 1 or not isinstance(operation, keras.Layer):
+            return None
+        layers.append(operation)
+        output = sources[0]

@@ -1,0 +1,95 @@
+"""One event over a whole model: all its masks change, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import keras
+import numpy as np
+
+from keras_renorm.src.core import arrays
+from keras_renorm.src.core.arrays import as_array
+from keras_renorm.src.core.validation import check_finite
+from keras_renorm.src.kernels.events import in_float, new_scale
+from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers
+from keras_renorm.src.models.channels import walk_back
+
+
+def update_masks(
+    model: keras.Model,
+    sparsities: Mapping[int, float | Sequence[float]],
+    scores: Mapping[int, np.ndarray] | None = None,
+) -> bool:
+    """Prune layers and renormalize what is left, from the outputs to the inputs: what nothing reads any more goes first.
+
+    Args:
+        model: a built model with prunable layers.
+        sparsities: by the `id` of a layer, the sparsity of its kernels, or one for each of them.
+        scores: of the weights, by the `id` of a kernel's variable, shaped like it; `None` to ask the layers' criteria.
+
+    Returns:
+        Whether any mask or scale changed.
+
+    Raises:
+        ValueError: if a kernel holds NaN or infinity; no layer is changed then.
+    """
+    updates = {}
+
+    def visit(layer, read):
+        if id(layer) in sparsities:
+            updates[id(layer)] = layer.compute_pruning_masks(sparsities[id(layer)], read, scores)
+            masks[id(layer.masked_kernels[0].variable)] = updates[id(layer)][0][0]
+
+    masks = _masks_of(model)
+    walk_back(model, visit, lambda variable: masks.get(id(variable), np.ones(variable.shape, bool)))
+    layers = [layer for layer in prunable_layers(model) if id(layer) in sparsities]
+    for layer in layers:
+        if id(layer) not in updates:
+            updates[id(layer)] = layer.compute_pruning_masks(sparsities[id(layer)], scores=scores)
+    # Only now is anything changed.
+    return any([layer.assign_masks(updates[id(layer)]) for layer in layers])
+
+
+def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
+    """Remove weights that were chosen already, and renormalize what is left as the layers do. What is gone stays gone.
+
+    Args:
+        model: a built model with prunable layers.
+        masks: of the weights to keep, by the `id` of a kernel's variable; kernels that are not there stay as they are.
+
+    Raises:
+        ValueError: if a kernel holds NaN or infinity; no layer is changed then.
+    """
+    updates: dict[int, list] = {}
+    for layer in prunable_layers(model):
+        for masked in layer.masked_kernels:
+            kernel, mask, scale = (as_array(v) for v in (masked.variable, masked.mask, masked.scale))
+            new_mask = mask & masks.get(id(masked.variable), mask)
+            if not np.array_equal(new_mask, mask):
+                kernel = in_float(kernel)
+                check_finite(arrays.masked(kernel, mask), f"Kernel '{masked.variable.path}'")
+                scale = new_scale(kernel, mask, new_mask, scale, layer.renormalize, masked.input_axes)
+            updates.setdefault(id(layer), []).append((new_mask, scale))
+    # Only now is anything changed.
+    for layer in prunable_layers(model):
+        layer.assign_masks(updates[id(layer)])
+
+
+def remove_unread_units(model: keras.Model) -> None:
+    """Remove all weights of units that nothing reads any more, from the outputs to the inputs."""
+    masks = _masks_of(model)
+
+    def visit(layer, read):
+        if isinstance(layer, PrunableLayer):
+            (masked,) = layer.masked_kernels
+            units = [1 if axis in masked.input_axes else side for axis, side in enumerate(masked.variable.shape)]
+            masks[id(masked.variable)] = masks[id(masked.variable)] & read.reshape(units)
+
+    walk_back(model, visit, lambda variable: masks.get(id(variable), np.ones(variable.shape, bool)))
+    assign_masks(model, masks)
+
+
+def _masks_of(model: keras.Model) -> dict[int, np.ndarray]:
+    """The masks by the `id` of their kernels' variables. A weight that is zero and not masked may become another."""
+    kernels = [kernel for layer in prunable_layers(model) for kernel in layer.masked_kernels]
+    return {id(kernel.variable): as_array(kernel.mask) for kernel in kernels}

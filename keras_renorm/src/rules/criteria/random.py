@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import numpy as np
+
+from keras_renorm.src.core import registry
+from keras_renorm.src.rules.criteria.base import Criterion
+
+
+@registry.register
+class Random(Criterion):
+    """A random number for every weight: the baseline that every other criterion has to beat.
+
+    Args:
+        seed: integer. The sequence of calls on one instance is the same for the same seed.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_renorm.src.rules.criteria import Random
+    >>> Random(seed=1)(np.ones((2, 3))).shape
+    (2, 3)
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self._generator = np.random.default_rng(seed)
+
+    def __call__(self, kernel):
+        return self._generator.random(kernel.shape, np.float32)

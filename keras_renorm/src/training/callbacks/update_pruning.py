@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm.src.layers.prunable import NEVER, PrunableLayer, prunable_layers, sparsity_of
+from keras_renorm.src.pruning import delivery
+from keras_renorm.src.pruning.model_event import update_masks
+from keras_renorm.src.rules import schedules
+from keras_renorm.src.training.settling import guard, innermost, settle, unsettle
+
+# Batches without a change of masks: settling costs what it saves in as many. Steps that are often pruned are not worth it.
+_SETTLE_AFTER = 10
+
+
+class UpdatePruning(keras.callbacks.Callback):
+    """Prunes the prunable layers of a model while it trains, when their schedules say so.
+
+    Step `s` of a schedule is the moment when `s` batches have been trained; an event at step 0 comes before the first batch.
+    With `steps_per_execution`, the last event that falls into an execution takes place at its end. The step is saved with
+    the model, so that training goes on where it stopped. After an event the logs hold `sparsity`, the fraction of zeros over
+    all prunable weights: the progress bar, `History` and TensorBoard show it (put this callback before TensorBoard).
+
+    Steps count from the model's first training on. If a training ends with less than a schedule asks for, or begins when all
+    its events are over, a warning says how much is missing, why, and what to do, once for a model.
+
+    Args:
+        pruning_schedule: the schedule of the layers that have none of their own: one of `keras_renorm.schedules`, one of
+            tfmot, or a callable `step -> (should_prune, sparsity)`.
+
+    Raises:
+        ValueError: when training begins, if the model has no prunable layers, or one of them has no schedule; at an event,
+            if a kernel holds NaN or infinity (no layer is changed then).
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((4,)), kr.layers.PrunableDense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> schedule = kr.schedules.PolynomialDecay(0.0, 0.75, begin_step=0, end_step=4, frequency=1)
+    >>> x, y = np.ones((8, 4)), np.ones((8, 1))
+    >>> history = model.fit(x, y, batch_size=2, verbose=0, callbacks=[kr.callbacks.UpdatePruning(schedule)])
+    >>> history.history["sparsity"]
+    [0.75]
+
+    In a training loop of your own, call `step()` after every batch:
+
+    ```python
+    pruning = kr.callbacks.UpdatePruning(schedule)
+    pruning.set_model(model)
+    for x, y in batches:
+        train_step(x, y)
+        pruning.step()
+    ```
+    """
+
+    def __init__(self, pruning_schedule: Any = None):
+        super().__init__()
+        self.pruning_schedule = schedules.get(pruning_schedule)
+        self.sparsity = None
+        self._layers = None
+
+    def set_model(self, model):
+        super().set_model(model)
+        self._layers = None
+
+    def on_train_begin(self, logs=None):
+        self._find_layers()
+        self._tell_after(getattr(self._model, "history", None))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # Not in `on_train_begin`, where `BackupAndRestore` may still be about to restore the step.
+        if self._trained is None:
+            self._begin()
+            if self._trained == NEVER:
+                self._advance(1)
+        # Settle again: at the end of an epoch anything may have happened to the kernels.
+        unsettle(self._model)
+        guard(self._model)
+        self._since_change = 0
+        self._last_batch = -1
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._since_change = 0 if self._advance(self._batches_until(batch)) else self._since_change + 1
+        if batch + 1 >= (self.params.get("steps") or np.inf):
+            # Before callbacks that take the weights at the end of the epoch, wherever they stand in the list.
+            self._count_steps(write=True)
+        if self._since_change == _SETTLE_AFTER:
+            settle(self._model)
+        self._last_batch = batch
+        self._log(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._count_steps(write=True)
+        self._log(logs)
+
+    def on_train_end(self, logs=None):
+        unsettle(self._model)
+
+    def _tell_after(self, history: keras.callbacks.History | None) -> None:
+        """Let the user know of what is missing when all callbacks have ended: one behind this may restore earlier weights.
+
+        Keras puts the history at the end of the list.
+        """
+        if not isinstance(history, keras.callbacks.History):
+            return
+
+        def on_train_end(logs=None):
+            del history.on_train_end
+            self._bring_up_to_date()
+            delivery.warn_once(self._model)
+
+        history.on_train_end = on_train_end
+
+    def step(self) -> None:
+        """Count one trained batch, in a training loop of your own, and prune if an event is due."""
+        if self._layers is None:
+            self._find_layers()
+            self._begin()
+        self._advance(2 if self._trained == NEVER else 1)
+
+    def _find_layers(self) -> None:
+        layers = prunable_layers(self.model)
+        if not layers and any(isinstance(part, PrunableLayer) for part in self.model._flatten_layers()):
+            raise ValueError(
+                f"Model '{self.model.name}' has prunable layers, but no weights yet, which `UpdatePruning` needs. Call "
+                "it on a batch of data, or `model.build(input_shape)`, before `fit`."
+            )
+        if not layers:
+            raise ValueError(
+                f"Model '{self.model.name}' has no prunable layers, so `UpdatePruning` has nothing to do. Convert it first: "
+                "`model = keras_renorm.to_prunable(model)`."
+            )
+        missing = [layer.name for layer in layers if layer.pruning_schedule is None]
+        if missing and self.pruning_schedule is None:
+            raise ValueError(
+                f"Layers {missing} have no pruning schedule. Pass one for all layers, `UpdatePruning(pruning_schedule)`, or "
+                "to the layers: `keras_renorm.to_prunable(model, pruning_schedule=...)`."
+            )
+        self._layers = [(layer, layer.pruning_schedule or self.pruning_schedule) for layer in layers]
+        for layer, schedule in self._layers:
+            _check_reachable(layer, getattr(schedule, "max_sparsity", 0.0))
+        self._trained = None
+
+    def _begin(self) -> None:
+        """Take up the count where the model has it."""
+        self._bring_up_to_date()
+        self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer, _ in self._layers)
+        self._count_steps(write=True)
+        for layer, schedule in self._layers:
+            layer.goal = schedules.goal_of(schedule, began=self._trained)
+        delivery.warn_once(self._model, reasons=(delivery.PAST,))
+        self._applied = self._times_applied()
+        self._measure()
+
+    def _batches_until(self, batch: int) -> int:
+        """How many batches were trained since the last call, when Keras says that batch `batch` ended."""
+        by_index = batch - self._last_batch
+        if getattr(self._model, "steps_per_execution", 1) == 1:
+            return by_index
+        # An execution of several steps may reach past the end of the data, where the index does not follow.
+        steps = self.params.get("steps")
+        within_epoch = min(by_index, steps - 1 - self._last_batch) if steps else by_index
+        before, self._applied = self._applied, self._times_applied()
+        counted = min(self._applied - before, by_index)
+        if counted <= 0 or isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer):
+            # No count: the model does not train with its optimizer. Or too low a one: batches whose gradients overflow.
+            return max(counted, within_epoch)
+        return counted
+
+    def _times_applied(self) -> int:
+        """How many batches the optimizer has seen; its `iterations` are fewer if it accumulates their gradients."""
+        optimizer = innermost(getattr(self._model, "optimizer", None))
+        if getattr(self._model, "steps_per_execution", 1) == 1 or optimizer is None:
+            return 0
+        self._bring_up_to_date()
+        return int(keras.ops.convert_to_numpy(optimizer._iterations))
+
+    def _advance(self, batches: int) -> bool:
+        """Count trained batches and run the events that fall due, of several for one layer the last.
+
+        Answers whether any mask or scale changed.
+        """
+        due: dict[int, float] = {}
+        answers = {}
+        for step in range(self._trained + 1, self._trained + 1 + batches):
+            for layer, schedule in self._layers:
+                key = (id(schedule), step)
+                if key not in answers:
+                    answers[key] = schedules.evaluate(schedule, step)
+                should_prune, sparsity = answers[key]
+                if should_prune:
+                    due[id(layer)] = sparsity
+                    if schedules.goal_of(schedule) is None:
+                        # All that is known of its end is where it has come so far.
+                        layer.goal = schedules.Goal(sparsity, step, sparsity, step)
+        for layer, _ in self._layers:
+            _check_reachable(layer, due.get(id(layer), 0.0))
+        self._trained += batches
+        changed = update_masks(self.model, due) if due else False
+        if changed:
+            self._measure()
+        self._count_steps(write=bool(due))
+        return changed
+
+    def _bring_up_to_date(self) -> None:
+        """On JAX, variables hold their values of the last epoch until a callback asks for the model."""
+        _ = self.model
+
+    def _measure(self) -> None:
+        self.sparsity = sparsity_of(self.model)
+
+    def _count_steps(self, write: bool) -> None:
+        if write:
+            self._bring_up_to_date()
+        for layer, _ in self._layers:
+            layer.count_steps(self._trained, write)
+
+    def _log(self, logs: dict | None) -> None:
+        if logs is not None:
+            logs["sparsity"] = self.sparsity
+
+
+def _check_reachable(layer: PrunableLayer, sparsity: float) -> None:
+    try:
+        layer.pattern.check(sparsity, layer.group)
+    except ValueError as error:
+        raise ValueError(
+            f"Layer '{layer.name}' cannot follow its schedule: {error} A layer may have a schedule of its own: "
+            f"`model.get_layer({layer.name!r}).pruning_schedule = keras_renorm.schedules...`."
+        ) from error

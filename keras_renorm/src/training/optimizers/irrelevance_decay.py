@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_renorm.src.core import registry, validation
+from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
+
+
+@registry.register
+class IrrelevanceDecay(OptimizerWrapper):
+    """Lets the weights decay that the loss does not care about, while another optimizer trains.
+
+    Adds `2 * gamma * w * exp(-|g| / alpha)` to the gradient `g` of the loss: the gradient of the penalty
+    `gamma * w^2 * exp(-|g| / alpha)` with its second factor held constant. Where `|g|` is large a weight is left alone;
+    where it is small the weight decays, and pruning by magnitude finds it. It costs no second backward pass and works with any
+    loss. The inner optimizer clips, accumulates and adapts the sum.
+
+    Source: G. Bonetta, M. Ribero and R. Cancelliere, Regularization-based pruning of irrelevant weights in deep neural
+    architectures, arXiv 2204.04977. There `|g|` is compared with `alpha` itself; by default here with `alpha` times the root
+    mean square of the gradient of the same variable, which does not depend on the scale of the loss. With the paper's `alpha`
+    of 0.1 and the gradients of a mean loss, a hundred times smaller, every weight decays: that is plain L2 decay.
+
+    Args:
+        optimizer: the optimizer that trains: an instance, a name or a config.
+        gamma: how strong the decay is; the first thing to tune.
+        alpha: the temperature: weights whose `|g|` is well below it decay. Below 1, relative to the root mean square, it spares
+            whatever is merely in use at the moment, and pruning finds less.
+        relative: whether `alpha` counts in root mean squares of the variable's gradient (default), or in units of the gradient.
+        decay_steps: integer. `gamma` goes down to zero linearly over so many steps after the last `restart()`, which
+            `keras_renorm.methods.prune_iteratively` calls after every pruning event. `None`: it stays.
+        exclude: list of regular expressions: variables whose path one of them is found in are left alone, such as
+            `["embedding"]`. Variables of rank one always are.
+        name: the wrapper's name.
+
+    Raises:
+        ValueError: if `gamma`, `alpha` or `decay_steps` is not positive.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
+    >>> model.compile(kr.optimizers.IrrelevanceDecay(keras.optimizers.SGD(0.5), gamma=0.1), "mse")
+    >>> history = model.fit(np.zeros((1, 1)), np.zeros((1, 1)), epochs=1, verbose=0)
+    >>> round(float(model.layers[0].kernel[0, 0]), 6)  # the gradient is zero: 1 - 0.5 * 2 * 0.1
+    0.9
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        gamma: float = 3e-4,
+        alpha: float = 3.0,
+        relative: bool = True,
+        decay_steps: int | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ):
+        for argument, value in (("gamma", gamma), ("alpha", alpha)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+                raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
+        if decay_steps is not None:
+            validation.check_count(decay_steps, "decay_steps")
+        super().__init__(optimizer, name=name)
+        self.gamma, self.alpha = float(gamma), float(alpha)
+        self.relative = validation.check_choice(relative, (True, False), "relative")
+        self.decay_steps = decay_steps
+        self.exclude = list(exclude) if exclude else None
+
+    def build(self, variables):
+        super().build(variables)
+        self._decays = [
+            len(variable.shape) > 1 and not any(re.search(pattern, variable.path) for pattern in self.exclude or ())
+            for variable in variables
+        ]
+        self.steps = self.add_variable((), dtype="int", aggregation="only_first_replica", name="steps")
+
+    def before_step(self, gradients, variables):
+        replicas = self._replicas()
+        if replicas > 1:
+            # What counts is the gradient of the whole batch, and the inner optimizer will sum over replicas.
+            reduced = self._all_reduce_sum_gradients(list(zip(gradients, variables)))
+            gradients = [gradient / replicas for gradient, _ in reduced]
+        strength = 2 * self._present_gamma() / replicas
+        result = [
+            gradient + self._decay(gradient, variable, strength, replicas)
+            if self._decays[self._get_variable_index(variable)]
+            else gradient
+            for gradient, variable in zip(gradients, variables)
+        ]
+        self.steps.assign_add(1)
+        return result
+
+    def _decay(self, gradient, variable, strength, replicas):
+        # Squares of half-precision gradients would be lost.
+        precise = ops.cast(gradient, "float32")
+        alpha = self.alpha / replicas
+        if self.relative:
+            # Where no weight of a variable has a gradient, none is relevant.
+            alpha = ops.maximum(self.alpha * ops.sqrt(ops.mean(ops.square(precise))), np.finfo(np.float32).tiny)
+        # As few passes over the weights as it takes: whatever has one value for all of them is computed first.
+        decay = ops.exp(ops.abs(precise) * (-1 / alpha)) * ops.cast(variable, "float32") * strength
+        return ops.cast(decay, gradient.dtype)
+
+    def _present_gamma(self):
+        if self.decay_steps is None:
+            return self.gamma
+        left = 1 - ops.cast(self.steps, "float32") / self.decay_steps
+        return self.gamma * ops.maximum(left, 0.0)
+
+    def _replicas(self) -> int:
+        strategy = getattr(self, "_distribution_strategy", None)
+        return strategy.num_replicas_in_sync if strategy else 1
+
+    def restart(self) -> None:
+        """Set `gamma` back to its full value, from where it goes down again over `decay_steps`."""
+        self.steps.assign(0)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "gamma": self.gamma,
+            "alpha": self.alpha,
+            "relative": self.relative,
+            "decay_steps": self.decay_steps,
+            "exclude": self.exclude,
+        }

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm.src.core import registry
+from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
+
+
+@registry.register
+class Recorder(OptimizerWrapper):
+    """Adds up gradient magnitudes and remembers where weights started, while another optimizer trains.
+
+    It has a number for every trainable weight of rank two or more, for each of the two: a slot variable of the optimizer,
+    saved with a compiled model. `keras_renorm.methods` put it on and take it off themselves.
+
+    Args:
+        optimizer: the optimizer that trains: an instance, a name or a config.
+        gradients: whether to add up `|gradient|`.
+        start: whether to remember the value of each weight when `reset_start()` was called last.
+        name: the wrapper's name.
+
+    Attributes:
+        epochs: integer variable, for whoever reads the records to note how many epochs they have read.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
+    >>> recorder = kr.optimizers.Recorder("sgd")
+    >>> model.compile(recorder, "mse")
+    >>> history = model.fit(np.array([[1.0, 2.0]]), np.array([[2.0]]), epochs=1, verbose=0)
+    >>> recorder.gradient(model.layers[0].kernel).ravel().tolist()
+    [2.0, 4.0]
+    """
+
+    def __init__(self, optimizer: Any, gradients: bool = True, start: bool = True, name: str | None = None):
+        super().__init__(optimizer, name=name)
+        self.records_gradients, self.records_start = gradients, start
+
+    def build(self, variables):
+        super().build(variables)
+        self.epochs = self.add_variable((), dtype="int", aggregation="only_first_replica", name="epochs")
+        self._gradients = self._start = None
+        if self.records_gradients:
+            self._gradients = [self._add_slot(variable, "gradient") for variable in variables]
+        if self.records_start:
+            self._start = [self._add_slot(variable, "start") for variable in variables]
+
+    def _add_slot(self, variable, name):
+        if len(variable.shape) < 2:
+            return None
+        if keras.backend.standardize_dtype(variable.dtype) in ("float16", "bfloat16"):
+            # A sum of many small numbers would stall.
+            name = f"{variable.path.replace('/', '_')}_{name}"
+            return self.add_variable(variable.shape, dtype="float32", name=name)
+        return self.add_variable_from_reference(variable, name)
+
+    def before_step(self, gradients, variables):
+        if gradients and self.records_gradients:
+            # The way of Keras' own optimizers: under `tf.distribute` it sums over replicas first.
+            self._backend_update_step(gradients, variables, self.learning_rate)
+        return gradients
+
+    def update_step(self, gradient, variable, learning_rate):
+        slot = self._gradients[self._get_variable_index(variable)]
+        if slot is not None:
+            self.assign_add(slot, ops.cast(ops.abs(gradient), slot.dtype))
+
+    def gradient(self, variable: keras.Variable) -> np.ndarray:
+        """The sum of `|gradient|` over the batches since the last `reset_gradients()`, shaped like `variable`."""
+        return self._read(self._gradients, variable, "gradients")
+
+    def start(self, variable: keras.Variable) -> np.ndarray:
+        """The value that each weight had at the last `reset_start()`, shaped like `variable`; zero before."""
+        return self._read(self._start, variable, "start")
+
+    def _read(self, slots, variable, argument):
+        slot = slots and slots[self._get_variable_index(variable)]
+        if slot is None:
+            raise ValueError(
+                f"Nothing is recorded of variable '{variable.path}' of shape {tuple(variable.shape)}. Received: {argument}="
+                f"{slots is not None}. Variables of rank two or more are recorded, with `Recorder(optimizer, {argument}=True)`."
+            )
+        return ops.convert_to_numpy(slot)
+
+    def reset_gradients(self) -> None:
+        """Begin the sums anew."""
+        for slot in self._gradients or ():
+            if slot is not None:
+                slot.assign(ops.zeros(slot.shape, slot.dtype))
+
+    def reset_start(self) -> None:
+        """Take the present values of the weights as their start."""
+        for slot, variable in zip(self._start or (), self._trainable_variables):
+            if slot is not None:
+                slot.assign(ops.cast(ops.copy(variable), slot.dtype))
+
+    def load_own_variables(self, store):
+        if len(store.keys()) == len(self.inner_optimizer.variables):
+            # Saved before the recorder was put on, or after it was taken off.
+            self.inner_optimizer.load_own_variables(store)
+        else:
+            super().load_own_variables(store)
+
+    def get_config(self):
+        return {**super().get_config(), "gradients": self.records_gradients, "start": self.records_start}
