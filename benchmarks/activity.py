@@ -18,10 +18,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import networks
 import numpy as np
 
+from keras_renorm.criteria import Activity
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.calibration.scoring import masks_of, see
 from keras_renorm.src.core.moments import InputSizes
-from keras_renorm.src.rules.criteria import Activity
 
 
 def main():

@@ -8,16 +8,6 @@ import griffe
 
 _NAME = re.compile(r"(?<![`\w])`(?P<name>(?:keras_renorm|kr)(?:\.\w+)+)(?P<call>\([^`]*\))?`")
 
-# Functions that have the name of their module.
-_SAME = (
-    "summary",
-    "export.repair",
-    "export.explain",
-    "export.benchmark",
-    "methods.neural_relief",
-)
-_PLACES = {f"keras_renorm.{name}": f"keras_renorm.{name}.{name.split('.')[-1]}" for name in _SAME}
-
 
 class Docstrings(griffe.Extension):
     def on_instance(self, *, obj, **kwargs):
@@ -40,7 +30,6 @@ def _linked(text: str) -> str:
 
     def link(match):
         name = re.sub(r"^kr\.", "keras_renorm.", match["name"])
-        name = _PLACES.get(name, name)
         shown = match[0].strip("`")
         return f'<autoref optional identifier="{name}"><code>{shown}</code></autoref>'
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import posixpath
 import re
-import unittest.mock
+import subprocess
+import sys
 
 from mkdocs.structure.files import File
 
@@ -70,16 +70,11 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _help(match: re.Match) -> str:
-    """What a command of the command line says of itself; its parser imports neither Keras nor the package."""
-    specification = importlib.util.spec_from_file_location("keras_renorm_cli", ROOT / "keras_renorm_cli.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    module._version = str  # which would import the package where it is not installed
-    parser = module.make_parser()
-    if match["command"]:
-        parser = next(action.choices for action in parser._actions if action.dest == "command")[match["command"]]
-    with unittest.mock.patch.dict(os.environ, COLUMNS="80"):
-        return f"```text\n{parser.format_help()}```"
+    """The help text of the command line, or of one of its commands."""
+    command = [sys.executable, "-m", "keras_renorm", *filter(None, [match["command"]]), "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    return f"```text\n{shown}```"
 
 
 def _titles(nav: list) -> dict[str, str]:

@@ -1,34 +1,18 @@
 """Prune Keras models and give them their accuracy back."""
 
-from keras_renorm.src import export, layers, methods
-from keras_renorm.src.export import export_tflite
-from keras_renorm.src.pruning.compaction import compact
-from keras_renorm.src.pruning.conversion import strip, to_prunable
-from keras_renorm.src.pruning.one_shot import prune
-from keras_renorm.src.reports import plots
-from keras_renorm.src.reports.summary import summary
-from keras_renorm.src.rules import criteria, patterns, renorm, schedules
-from keras_renorm.src.training import callbacks, optimizers
-from keras_renorm.version import __version__
+import importlib as _importlib
+import pathlib as _pathlib
+import sys as _sys
 
-schedules.keep_tf_keras()
+from keras_renorm.version import __version__ as __version__
 
-__all__ = [
-    "__version__",
-    "callbacks",
-    "compact",
-    "criteria",
-    "export",
-    "export_tflite",
-    "layers",
-    "methods",
-    "optimizers",
-    "patterns",
-    "plots",
-    "prune",
-    "renorm",
-    "schedules",
-    "strip",
-    "summary",
-    "to_prunable",
-]
+_STARTED = _sys.argv[0] if _sys.argv else ""
+
+# The command imports Keras and TensorFlow once its arguments are known to be right: help and wrong use are answered at once.
+if _pathlib.Path(_STARTED).stem == "keras-renorm" or (_STARTED == "-m" and "keras_renorm" in _sys.orig_argv):
+
+    def __getattr__(name):
+        return getattr(_importlib.import_module("keras_renorm.api"), name)
+else:
+    from keras_renorm.api import *  # noqa: F403
+    from keras_renorm.api import __all__ as __all__

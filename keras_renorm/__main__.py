@@ -1,11 +1,8 @@
-"""`python -m keras_renorm` is the command `keras-renorm`.
-
-Python imports the package first, with TensorFlow and what it logs; `python -m keras_renorm_cli` begins without them.
-"""
+"""`python -m keras_renorm` is the command `keras-renorm`."""
 
 import sys
 
-from keras_renorm_cli import main
+from keras_renorm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,7 @@
-"""How many small faults do the tests see? `python tests/mutation.py masks` changes an operator, a number or a statement of
-`keras_renorm/masks.py` at a time, runs `tests/test_masks.py`, and lists the changes that no test saw. Not run by pytest.
+"""How many small faults do the tests see?
+
+`python tests/mutation.py kernels/masks` changes an operator, a number or a statement of `keras_renorm/src/kernels/masks.py` at a
+time, runs `tests/kernels/test_masks.py`, and lists the changes that no test saw. Not run by pytest.
 """
 
 import argparse
@@ -161,13 +163,13 @@ class Mutation:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("module", help="such as masks or layers/masked")
+    parser.add_argument("module", help="such as kernels/masks or layers/prunable")
     parser.add_argument("--most", type=int, default=150, help="how many faults, drawn at random")
     parser.add_argument("--lines", default="1-99999", help="first-last: only faults in these lines")
     parser.add_argument("--seconds", type=int, default=30, help="of the processor: a fault that takes longer counts as seen")
     # The rest is for pytest; the mirrored file by default.
     arguments, tests = parser.parse_known_args()
-    path = ROOT / "keras_renorm" / f"{arguments.module}.py"
+    path = ROOT / "keras_renorm" / "src" / f"{arguments.module}.py"
     folder, _, name = arguments.module.rpartition("/")
     first, last = map(int, arguments.lines.split("-"))
     faults = [

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-import keras_renorm_cli
+from keras_renorm.cli import parser
 
 matplotlib.use("Agg")
 
@@ -179,7 +179,7 @@ def test_commands_exist(page):
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - options_of(ROOT / script)
         assert not unknown, f"{script} does not take {sorted(unknown)}"
     for arguments in re.findall(r"^(?:keras-renorm|python -m keras_renorm) (.*)$", text, re.MULTILINE):
-        keras_renorm_cli.make_parser().parse_args(shlex.split(arguments, comments=True))
+        parser.make_parser().parse_args(shlex.split(arguments, comments=True))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

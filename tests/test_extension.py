@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-import keras_renorm_cli as cli
+from keras_renorm.cli import main as cli
 
 L = keras.layers
 

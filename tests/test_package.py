@@ -1,6 +1,7 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,51 +11,72 @@ import keras_renorm as kr
 
 ROOT = pathlib.Path(kr.__file__).parent
 
-# Rooms, from the ground up: a module imports from rooms above its own line only, or from its own.
-ROOMS = [
-    ["version", "arrays", "serialization", "tables", "moments", "run_folder"],
-    ["validation", "copying", "comparing"],
-    ["streaming", "patterns", "least_squares", "schedules", "allocation", "report"],
-    ["masks", "renorm"],
-    ["criteria"],
-    ["events"],
-    ["layers"],
-    ["graph", "delivery"],
-    ["xnnpack"],
-    ["targets"],
-    ["calibration", "conversion"],
-    ["channels"],
-    ["sites", "masking", "scoring", "compaction"],
-    ["calibrated"],
-    ["optimizers"],
-    ["settling"],
-    ["pruning", "summary", "callbacks"],
-    ["plots"],
-    ["rounds"],
-    ["methods"],
-    ["export"],
-    ["cli"],
-]
-LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(ROOT.rglob("*.py"))
+# The table in CONTRIBUTING.md, from the ground up: a module imports from the rooms above its own row, or from its own.
+ROOMS = re.findall(r"^\| `(\w+)/?` \|", (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+PUBLIC = "keras_renorm"
+
+
+def room_of(module):
+    """The room of a module, by its dotted name: a folder of `src`, the command line, or the public modules."""
+    parts = module.split(".")
+    if parts[1:2] == ["src"]:
+        return parts[2]
+    return "cli" if parts[1:2] in (["cli"], ["__main__"]) else PUBLIC
 
 
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "keras_renorm":
-            parts = node.module.split(".")[1:]
-            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+            # `from keras_renorm.src import layers` names a room, too.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("keras_renorm."):
-                    yield alias.name.split(".")[1]
+            yield from (alias.name for alias in node.names if alias.name.startswith("keras_renorm"))
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parent != ROOT or path.name != "__init__.py"], ids=str)
+def test_the_table_names_every_room():
+    rooms = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
+    assert sorted(ROOMS) == sorted({*rooms, "cli", PUBLIC})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_point_one_way(path):
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    for other in imports_of(path):
-        assert other == room or LEVEL[other] < LEVEL[room], f"{room} imports {other}"
+    room = room_of(".".join(path.relative_to(ROOT.parent).with_suffix("").parts))
+    for imported in imports_of(path):
+        other = room_of(imported)
+        if imported != "keras_renorm.version.__version__":
+            assert other == room or ROOMS.index(other) < ROOMS.index(room), f"{room} imports {imported}"
+
+
+def test_importing_it_changes_nothing():
+    """Neither the environment, nor Keras' classes, nor what `tf.keras` will be."""
+    code = """if True:
+        import os, keras
+        def functions():
+            return [keras.Layer.set_weights, keras.Model.load_weights, keras.saving.load_weights, keras.Layer.__init__]
+        before = dict(os.environ), functions()
+        import keras_renorm
+        assert (dict(os.environ), functions()) == before
+        keras_renorm.layers.PrunableDense(1)
+        assert functions() != before[1]
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["images", "sequences"])
+def test_models_of_earlier_releases_load(name):
+    """In a process that has imported the package alone: masks, scales, schedules and the state of the optimizer."""
+    folder = pathlib.Path(__file__).parent / "data" / "before_rooms"
+    code = """if True:
+        import sys, keras, keras_renorm, numpy as np
+        model, saved = keras.models.load_model(sys.argv[1] + ".keras"), np.load(sys.argv[1] + ".npz")
+        np.testing.assert_allclose(model.predict(saved["inputs"], verbose=0), saved["outputs"], rtol=1e-4, atol=1e-5)
+        found = [layer.sparsity for layer in model._flatten_layers() if hasattr(layer, "update_masks")]
+        np.testing.assert_array_equal(found, saved["sparsity"])
+        assert int(model.optimizer.iterations) == saved["iterations"]
+        assert type(model.optimizer).__module__.startswith("keras_renorm.")
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder / name)], check=True)
 
 
 # `product.py` is imported by layers that are called on TensorFlow.

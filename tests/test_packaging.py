@@ -39,7 +39,7 @@ def wheel(tmp_path_factory):
     source = folder / "source"
     shutil.copytree(ROOT / "keras_renorm", source / "keras_renorm", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("keras_renorm_cli.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [*PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True)
@@ -52,10 +52,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         information = f"keras_renorm-{kr.__version__}.dist-info"
         entry_points = archive.read(f"{information}/entry_points.txt").decode()
         metadata = archive.read(f"{information}/METADATA").decode()
-    assert {name.split("/")[0] for name in names} == {"keras_renorm", "keras_renorm_cli.py", information}
+    assert {name.split("/")[0] for name in names} == {"keras_renorm", information}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_renorm").rglob("*.py")}
     assert {name for name in names if name.startswith("keras_renorm/")} == {*modules, "keras_renorm/py.typed"}
-    assert "keras-renorm = keras_renorm_cli:main" in entry_points
+    assert "keras-renorm = keras_renorm.cli.main:main" in entry_points
     assert f"\nVersion: {kr.__version__}\n" in metadata
     assert "Provides-Extra: plot" in metadata
 

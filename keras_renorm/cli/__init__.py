@@ -1,4 +1,4 @@
-"""What the commands of `keras-renorm` do; `keras_renorm_cli`, beside the package, says what can be asked of them.
+"""The command `keras-renorm`: `main.py` and `parser.py` take the arguments, and each command is one module.
 
-A command is a module with a function `run(arguments)`, which returns its answer as text and as data for JSON.
+The module of a command has a function `run(arguments)`, which returns the answer as text, and as data for JSON.
 """

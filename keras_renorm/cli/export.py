@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from keras_renorm.cli import files
-from keras_renorm.src.export import export_tflite
+from keras_renorm.src.export.tflite import export_tflite
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, dict]:

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
+import keras_renorm.api  # noqa: F401 (registers the classes of saved models)
 from keras_renorm.src.export.beside import folder_beside
 
 _KERAS_FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "ops", "regularizers")

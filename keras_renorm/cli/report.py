@@ -7,7 +7,8 @@ import dataclasses
 import math
 
 from keras_renorm.cli import files
-from keras_renorm.src.export import Explanation, explain, flatbuffer
+from keras_renorm.src.export import flatbuffer
+from keras_renorm.src.export.explain import Explanation, explain
 from keras_renorm.src.reports.summary import summary
 
 # What an explanation advises in Python, and the options of `prune` that say it.

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from keras_renorm import criteria
 from keras_renorm.src.core.arrays import masked
 from keras_renorm.src.kernels import events
-from keras_renorm.src.rules import criteria, patterns, renorm
+from keras_renorm.src.rules import patterns, renorm
 
 SHAPES = {"matrix": (30, 20), "convolution": (3, 3, 4, 8), "one unit": (50, 1), "one input": (1, 40), "large": (900, 600)}
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from keras_renorm.src.core import arrays
-from keras_renorm.src.kernels.masks import GROUPS, best_cells, compute_mask, removes_enough
+from keras_renorm.src.core import arrays, names
+from keras_renorm.src.kernels.masks import best_cells, compute_mask, removes_enough
 from keras_renorm.src.rules import patterns
 
 ALL_PATTERNS = ["unstructured", patterns.Block((4, 1)), patterns.Block((3, 2)), patterns.NOfM(2, 4), "unit"]
@@ -36,7 +36,7 @@ def test_no_sparsity_keeps_everything(pattern, shape, generator):
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", names.GROUPS)
 def test_pruning_again_to_more_keeps_zeros_zero(pattern, group, generator):
     if pattern == "unit" and group == "unit":
         pytest.skip("refused: see test_patterns")
@@ -87,7 +87,7 @@ def test_unknown_group():
         compute_mask(np.ones((2, 2)), 0.5, group="filter")
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", names.GROUPS)
 def test_scores_that_are_nan(group):
     with pytest.raises(ValueError, match="scores that are NaN"):
         compute_mask(np.array([[1.0, np.nan], [2.0, 3.0]]), 0.5, group=group)
@@ -108,7 +108,7 @@ def test_scores_of_any_dtype(dtype):
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", names.GROUPS)
 def test_what_is_gone_stays_gone_and_the_count_is_exact(pattern, group, generator):
     if pattern == "unit" and group == "unit":
         pytest.skip("refused: see test_patterns")
@@ -222,14 +222,14 @@ def test_the_last_weight_of_a_unit_stays_if_any_weight_is_worse():
 
 def test_masks_with_ties_keep_the_first_of_what_is_left():
     left = np.array([[False], [True], [True], [True], [True]])
-    for group in GROUPS:
+    for group in names.GROUPS:
         mask = compute_mask(np.ones((5, 1)), 0.6, group=group, mask=left)
         np.testing.assert_array_equal(mask[:, 0], [False, True, True, False, False])
 
 
 def test_less_than_is_gone_already_removes_nothing():
     left = np.array([[False, True], [False, False], [True, True]])
-    for group in GROUPS:
+    for group in names.GROUPS:
         np.testing.assert_array_equal(compute_mask(np.ones((3, 2)), 1 / 3, group=group, mask=left), left)
 
 
@@ -244,7 +244,7 @@ def test_within_units_what_is_gone_counts_where_it_is_gone():
 def test_masks_with_scores_of_other_dtypes(dtype):
     scores = np.array([[1], [3], [2], [4]], dtype)
     left = np.array([[True], [False], [True], [True]])
-    for group in GROUPS:
+    for group in names.GROUPS:
         mask = compute_mask(scores, 0.5, group=group, mask=left)
         np.testing.assert_array_equal(mask[:, 0], [False, False, True, True])
 
@@ -359,7 +359,7 @@ def test_large_kernels_are_cut_within_units_where_a_sort_would(ties, pruned_befo
     np.testing.assert_array_equal(mask, expected & left)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", names.GROUPS)
 @pytest.mark.parametrize("side", [4, 600])
 def test_scores_of_infinity_stay_whatever_the_sparsity(group, side, generator):
     scores = generator.random((side, side), np.float32)

@@ -23,8 +23,7 @@ from keras_renorm.src.core.moments import Accumulator, InputSizes, Moments, Size
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.report import LayerReport, describe, growth
 from keras_renorm.src.layers.kernels import name_within
-from keras_renorm.src.rules.criteria import CalibratedCriterion
-from keras_renorm.src.rules.criteria.base import score
+from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score
 from keras_renorm.src.rules.renorm import CalibratedRenormalizer
 
 # Variance that a feature is taken to have left at least, as a share of what it had.

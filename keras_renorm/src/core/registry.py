@@ -59,9 +59,10 @@ def get(identifier: Any, known: dict[str, Callable[[], Any]], base: type, argume
             return registered() if inspect.isclass(registered) else registered
     elif callable(identifier) and not inspect.isclass(identifier):
         return identifier
+    public = f"keras_renorm.{base.__module__.split('.')[3]}.{base.__name__}"
     raise ValueError(
         f"Argument `{argument}` is not known. Received: {argument}={identifier!r}. Pass one of {sorted(known)}, an "
-        f"instance of `{base.__module__}.{base.__name__}`, or a callable with the same signature."
+        f"instance of `{public}`, or a callable with the same signature."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm.src.core import validation
+from keras_renorm.src.core import names, validation
 from keras_renorm.src.export import failures
 from keras_renorm.src.export.beside import folder_beside
 from keras_renorm.src.export.converter import convert, layer_names
@@ -32,8 +32,6 @@ from keras_renorm.src.pruning.delivery import shortfall
 from keras_renorm.src.reports.summary import summary
 from keras_renorm.version import __version__
 
-QUANTIZE = (None, "float16", "int8")
-STORAGE = ("auto", "sparse", "full")
 # Networks whose weights take at most so many bytes fit a microcontroller, where sparse files do not run.
 _MICROCONTROLLER = 2**18
 _TYPES = {None: "float32", "float16": "float16", "int8": "int8"}
@@ -170,8 +168,8 @@ def _check_arguments(model, path, quantize, representative_data, storage, intege
             "(`keras_renorm.strip(model).save('model.keras')`), start Python with KERAS_BACKEND=tensorflow, load it and "
             "export it there."
         )
-    validation.check_choice(quantize, QUANTIZE, "quantize")
-    validation.check_choice(storage, STORAGE, "storage")
+    validation.check_choice(quantize, (None, *names.QUANTIZE), "quantize")
+    validation.check_choice(storage, names.STORAGE, "storage")
     if representative_data is not None and quantize != "int8":
         raise ValueError(
             f"Argument `representative_data` is used with `quantize='int8'` only. Received: quantize={quantize!r}."

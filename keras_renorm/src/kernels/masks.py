@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from keras_renorm.src.core import arrays, validation
+from keras_renorm.src.core import arrays, names, validation
 from keras_renorm.src.core.arrays import row_blocks
 from keras_renorm.src.kernels.streaming import StreamedScores
 from keras_renorm.src.rules import patterns
-
-GROUPS = ("layer", "unit")
 
 
 def compute_mask(
@@ -52,7 +50,7 @@ def compute_mask(
            [False,  True]])
     """
     sparsity = validation.check_sparsity(sparsity)
-    validation.check_choice(group, GROUPS, "group")
+    validation.check_choice(group, names.GROUPS, "group")
     pattern = patterns.get(pattern)
     pattern.check(sparsity, group)
     scores = np.asarray(scores)

@@ -22,6 +22,7 @@ from keras_renorm.src.layers.prunable import PrunableLayer, plain_weights, pruna
 from keras_renorm.src.layers.wrapper import RenormalizedPruning
 
 
+@functools.cache
 def accept_plain_weights() -> None:
     """Let `set_weights` and `load_weights` of every Keras model take plain weights where layers are prunable."""
     keras.Layer.set_weights = _extend_set_weights(keras.Layer.set_weights)

@@ -13,9 +13,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.core import registry, validation
+from keras_renorm.src.core import names, registry, validation
 from keras_renorm.src.core.arrays import as_array
-from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.events import prune_kernel
 from keras_renorm.src.layers.kernels import Kernel, find_kernels
 from keras_renorm.src.rules import criteria, patterns, renorm, schedules
@@ -129,12 +128,16 @@ class PrunableLayer:
         self._set_pruning(pruning_schedule, criterion, pattern, group, renormalize, regrow)
 
     def _set_pruning(self, pruning_schedule, criterion, pattern, group, renormalize, regrow):
+        # Keras is extended when there is a prunable layer, not by an import.
+        from keras_renorm.src.layers.plain_weights import accept_plain_weights
+
+        accept_plain_weights()
         if getattr(self, "lora_rank", None):
             self.enable_lora(self.lora_rank)
         self.pruning_schedule = schedules.get(pruning_schedule)
         self.criterion = criteria.get(criterion)
         self.pattern = patterns.get(pattern)
-        self.group = validation.check_choice(group, masks.GROUPS, "group")
+        self.group = validation.check_choice(group, names.GROUPS, "group")
         self.renormalize = renorm.get(renormalize, group)
         self.pattern.check(getattr(self.pruning_schedule, "max_sparsity", 0.0), group)
         self.regrow = validation.check_choice(regrow, (True, False), "regrow")

@@ -1,7 +1,0 @@
-"""Whole methods, one paper a file: callbacks for `model.fit`, and loops around it."""
-
-from keras_renorm.src.methods.at_initialization import DissipatingGradients, KStarts
-from keras_renorm.src.methods.iterative import prune_iteratively
-from keras_renorm.src.methods.neural_relief import neural_relief
-
-__all__ = ["DissipatingGradients", "KStarts", "neural_relief", "prune_iteratively"]

@@ -22,7 +22,7 @@ from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.events import effective, in_float, new_scale
 from keras_renorm.src.layers.prunable import PrunableKernel, PrunableLayer, prunable_layers, sparsity_of
 from keras_renorm.src.rules import allocation as allocations
-from keras_renorm.src.training.optimizers import Recorder
+from keras_renorm.src.training.optimizers.recorder import Recorder
 
 FITNESS = ("magnitude", "gradient", "combined")
 RECOMBINE = ("weight", "unit", None)

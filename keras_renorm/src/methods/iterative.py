@@ -23,6 +23,7 @@ from keras_renorm.src.pruning.conversion import copy_model, plain_copy, to_pruna
 from keras_renorm.src.pruning.model_event import update_masks
 from keras_renorm.src.rules import allocation as allocations
 from keras_renorm.src.rules import criteria
+from keras_renorm.src.rules.criteria.admm import ADMM
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score
 
 
@@ -154,7 +155,7 @@ def prune_iteratively(
     )
     criterion, allocation = criteria.get(criterion, calibration is not None), allocations.get(allocation)
     by_data = isinstance(criterion, CalibratedCriterion)
-    if isinstance(criterion, criteria.ADMM) or getattr(criterion, "chooses_count", False):
+    if isinstance(criterion, ADMM) or getattr(criterion, "chooses_count", False):
         raise ValueError(
             f"Argument `criterion` must give scores, by which `step` of the weights go. Received: criterion={criterion!r}. "
             "Take 'magnitude', 'activation', 'activity' or 'obs'; a share of the activity is what "

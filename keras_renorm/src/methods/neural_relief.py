@@ -21,7 +21,7 @@ from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.methods import rounds as loop
 from keras_renorm.src.pruning.conversion import copy_model, plain_copy, plain_variables, to_prunable
 from keras_renorm.src.pruning.model_event import assign_masks, remove_unread_units
-from keras_renorm.src.rules.criteria import Activity
+from keras_renorm.src.rules.criteria.activity import Activity
 
 # A failed round is tried again with half, a quarter and an eighth of what it removed.
 SMALLEST_STEP = 0.125

@@ -22,7 +22,7 @@ from keras_renorm.src.core.registry import Configurable
 from keras_renorm.src.layers.prunable import prunable_layers, sparsity_of
 from keras_renorm.src.methods.run_folder import RunFolder, digest
 from keras_renorm.src.reports import plots
-from keras_renorm.src.training.optimizers import IrrelevanceDecay
+from keras_renorm.src.training.optimizers.irrelevance_decay import IrrelevanceDecay
 
 LARGER_IS_BETTER = ("acc", "accuracy", "auc", "precision", "recall", "f1_score", "iou", "r2_score")
 SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse", "crossentropy")

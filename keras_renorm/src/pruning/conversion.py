@@ -11,9 +11,11 @@ from keras.src.models import Functional
 
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.arrays import as_array, for_another
-from keras_renorm.src.layers import PrunableConv2D, PrunableDense, RenormalizedPruning
+from keras_renorm.src.layers.conv2d import PrunableConv2D
+from keras_renorm.src.layers.dense import PrunableDense
 from keras_renorm.src.layers.kernels import Kernel, find_kernels
 from keras_renorm.src.layers.prunable import PRUNING_ARGUMENTS, PrunableLayer, plain_values, plain_variables, prunable_layers
+from keras_renorm.src.layers.wrapper import RenormalizedPruning
 from keras_renorm.src.models.comparing import check_same
 from keras_renorm.src.models.copying import Copier, exchange_variable, with_config
 from keras_renorm.src.models.graph import users_of

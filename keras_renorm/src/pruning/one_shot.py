@@ -14,7 +14,7 @@ from keras_renorm.src.calibration.fitting import Rule, prune_calibrated, silence
 from keras_renorm.src.calibration.samples import OutputError, Samples, warn_of_odd_samples
 from keras_renorm.src.calibration.scoring import Seen, see
 from keras_renorm.src.calibration.sites import Target
-from keras_renorm.src.core import validation
+from keras_renorm.src.core import names, validation
 from keras_renorm.src.core.arrays import as_array, for_another, masked
 from keras_renorm.src.core.moments import InputSizes
 from keras_renorm.src.kernels import masks
@@ -27,8 +27,8 @@ from keras_renorm.src.pruning.compaction import units_that_stay
 from keras_renorm.src.pruning.conversion import choose_layers, copy_model, kernels_by_layer, outermost_layers, strip
 from keras_renorm.src.rules import allocation as allocations
 from keras_renorm.src.rules import criteria, patterns, renorm
-from keras_renorm.src.rules.criteria import CalibratedCriterion
-from keras_renorm.src.rules.criteria.base import score
+from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score
+from keras_renorm.src.rules.criteria.magnitude import Magnitude
 from keras_renorm.src.rules.renorm import CalibratedRenormalizer
 from keras_renorm.src.runtimes.targets import by_name, choose_patterns, names_of, unique_names
 
@@ -110,7 +110,7 @@ def prune(
     """
     validation.check_model(model)
     calibrated, verbose = calibration is not None, validation.check_verbose(verbose)
-    validation.check_choice(group, masks.GROUPS, "group")
+    validation.check_choice(group, names.GROUPS, "group")
     rule = Rule(
         criterion=criteria.get(criterion, calibrated),
         group=group,
@@ -223,7 +223,7 @@ def _together(targets: list[Target], ties: Ties, rule: Rule) -> list[Target]:
 
     A unit's score is the sum of its scores in these layers, each relative to the layer's mean.
     """
-    criterion = criteria.Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
+    criterion = Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
     groups: dict[Any, list[Target]] = {}
     for target in targets:
         if target.by_units:
@@ -350,7 +350,7 @@ def _unless_plain_is_nearer(
         return [row for row in kept if row.criterion != "-"]
 
     def plain_without_samples():
-        criterion = criteria.Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
+        criterion = Magnitude() if isinstance(rule.criterion, CalibratedCriterion) else rule.criterion
         return _prune_backwards(pruned, targets, Rule(criterion, rule.group, None))
 
     masks_chosen = [as_array(target.kernel.variable) != 0 for target in targets]
@@ -416,7 +416,7 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
             scores = seen.to_kernel(criterion(seen.matrix, seen.statistics))
             scored_by = lambda kernel: scores  # noqa: E731
         elif isinstance(criterion, CalibratedCriterion):
-            criterion = scored_by = criteria.Magnitude()
+            criterion = scored_by = Magnitude()
         mask, scale = prune_kernel(
             values,
             target.sparsity,

@@ -21,6 +21,7 @@ from keras_renorm.src.pruning.conversion import outermost_layers
 from keras_renorm.src.reports.summary import Summary, summary
 from keras_renorm.src.rules import criteria
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score
+from keras_renorm.src.rules.criteria.magnitude import Magnitude
 
 # Told apart by mark and line, and by shade where two cross.
 _STYLES = (
@@ -408,7 +409,7 @@ def _kernels_of(layer: keras.Layer) -> list[_Kernel]:
 
 
 def _masked(layer: keras.Layer, part: PrunableLayer, one: Any) -> _Kernel:
-    criterion = criteria.Magnitude() if isinstance(part.criterion, CalibratedCriterion) else part.criterion
+    criterion = Magnitude() if isinstance(part.criterion, CalibratedCriterion) else part.criterion
     arrays = (ops.convert_to_numpy(value) for value in (one.variable, one.mask, one.effective()))
     matrices = [_matrix(array, one.input_axes) for array in arrays]
     return _Kernel(_name(layer, one), *matrices, ops.convert_to_numpy(one.scale), criterion)
@@ -416,7 +417,7 @@ def _masked(layer: keras.Layer, part: PrunableLayer, one: Any) -> _Kernel:
 
 def _plain(layer: keras.Layer, one: Any) -> _Kernel:
     values = _matrix(ops.convert_to_numpy(one.variable), one.input_axes)
-    return _Kernel(_name(layer, one), values, values != 0, values, None, criteria.Magnitude())
+    return _Kernel(_name(layer, one), values, values != 0, values, None, Magnitude())
 
 
 def _name(layer: keras.Layer, one: Any) -> str:

@@ -2,7 +2,7 @@
 
 An allocation is a function `(kernels, keep) -> counts`: arrays and how many of their weights stay in all -> how many stay in
 each, as fractions that add up to `keep`; a kernel may be asked to keep more than it has, the rest is then divided among the
-others. A new one is one function here and one row of `KNOWN`.
+others. A new one is one function here and one row of `core/names.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm.src.core import arrays, validation
+from keras_renorm.src.core import arrays, names, validation
 
 
 def uniform(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
@@ -76,7 +76,7 @@ def _smallest_of_all(parts: list[np.ndarray], rank: int, sample: int = 100_000) 
     return np.partition(between, rank - below)[rank - below]
 
 
-KNOWN = {"uniform": uniform, "global": global_, "erk": erk, "balanced": balanced, "lamp": lamp}
+KNOWN = names.resolve(names.ALLOCATIONS)
 
 
 def get(identifier: Any) -> Callable:
@@ -109,7 +109,7 @@ def allocate(
     Example:
 
     >>> import numpy as np
-    >>> from keras_renorm.src.rules.allocation import allocate
+    >>> from keras_renorm.allocation import allocate
     >>> allocate([np.ones((40, 40)), np.ones((40, 10))], 0.9, "erk")
     [0.923125, 0.8075]
     """

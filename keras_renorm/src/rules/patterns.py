@@ -4,7 +4,7 @@ A pattern groups the weights of a kernel into cells, each with one score; a mask
 with the inputs first and the units last: shape `(..., inputs, units)`, where the axis before the last is the one that
 TFLite stores innermost (the input channels of a convolution).
 
-A new pattern is one class in this module and one row of its `KNOWN`.
+A new pattern is one class in this module and one row of `core/names.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm.src.core import arrays, registry
+from keras_renorm.src.core import arrays, names, registry
 from keras_renorm.src.core.arrays import row_blocks
 
 
@@ -215,7 +215,7 @@ class Unit(Pattern):
         return np.broadcast_to(kept.reshape(-1), shape).copy()
 
 
-KNOWN = {"unstructured": Unstructured, "block": Block, "n_of_m": NOfM, "unit": Unit}
+KNOWN = names.resolve(names.PATTERNS)
 
 
 def get(identifier: Any) -> Pattern:

@@ -2,7 +2,8 @@
 
 A renormalizer is called as `renormalizer(before, after, input_axes)` with two kernels, the one that the layer computed with
 until now and what is left of it, and returns one scale a unit. One that needs samples is called as
-`renormalizer(matrix, mask, moments)` and returns new weights. A new one is one class in this module and one row of its `KNOWN`.
+`renormalizer(matrix, mask, moments)` and returns new weights. A new one is one class in this module and one
+row of `core/names.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm.src.core import least_squares, registry, validation
+from keras_renorm.src.core import least_squares, names, registry, validation
 from keras_renorm.src.core.arrays import masked, row_blocks
 from keras_renorm.src.core.moments import Moments
 
@@ -113,7 +114,7 @@ class L1(_KeepNorm):
     Example:
 
     >>> import numpy as np
-    >>> from keras_renorm.src.rules.renorm import L1
+    >>> from keras_renorm.renorm import L1
     >>> before, after = np.array([[3.0], [1.0]]), np.array([[3.0], [0.0]])
     >>> float(L1()(before, after, input_axes=(0,))[0, 0])  # (3 + 1) / 3
     1.3333333730697632
@@ -208,7 +209,7 @@ class LeastSquares(CalibratedRenormalizer):
         return least_squares.solve_masked(left, right, mask, start=matrix)
 
 
-KNOWN = {"l1": L1, "l2": L2, "moments": MatchMoments, "lstsq": LeastSquares}
+KNOWN = names.resolve(names.RENORMALIZERS | names.CALIBRATED_RENORMALIZERS)
 
 
 def get(identifier: Any, group: str = "layer", calibrated: bool = False) -> Any:

@@ -242,7 +242,7 @@ def _deserialize(config: dict) -> Any:
 def _import_quietly(module: str) -> Any:
     """Import from tfmot without its side effect: it sets TF_USE_LEGACY_KERAS, which turns `tf.keras` into Keras 2."""
     before = os.environ.get("TF_USE_LEGACY_KERAS")
-    keep_tf_keras()
+    _keep_tf_keras()
     try:
         return importlib.import_module(module)
     finally:
@@ -252,7 +252,7 @@ def _import_quietly(module: str) -> Any:
             os.environ["TF_USE_LEGACY_KERAS"] = before
 
 
-def keep_tf_keras() -> None:
+def _keep_tf_keras() -> None:
     """Let TensorFlow decide now what `tf.keras` is, so that importing tfmot later does not turn it into Keras 2."""
     if keras.backend.backend() == "tensorflow" and "TF_USE_LEGACY_KERAS" not in os.environ:
         import tensorflow as tf

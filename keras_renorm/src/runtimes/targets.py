@@ -9,13 +9,12 @@ from typing import Any
 import keras
 from keras.src.models import Functional
 
-from keras_renorm.src.core import validation
+from keras_renorm.src.core import names, validation
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.rules import patterns
 from keras_renorm.src.runtimes import xnnpack
 
 L = keras.layers
-TARGETS = ("litert", "litert-int8")
 _BLOCKS = {"litert": 4, "litert-int8": 16}
 _CONVOLUTIONS = (L.Conv1D, L.Conv2D, L.Conv3D, L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose)
 
@@ -27,7 +26,7 @@ def choose_patterns(
 
     Args:
         pattern: a pattern for all layers; or a dict of layer name (or glob) to pattern, which goes before the target.
-        target: `None` or one of `TARGETS`, which chooses for all layers that no dict names.
+        target: `None` or one of `names.TARGETS`, which chooses for all layers that no dict names.
         model: the model that the layers are in.
         layers: the layers to prune.
 
@@ -35,7 +34,7 @@ def choose_patterns(
         ValueError: if a name matches no layer, a pattern or the target is not known, both are given, or the
             target leaves all layers whole.
     """
-    validation.check_choice(target, (None, *TARGETS), "target")
+    validation.check_choice(target, (None, *names.TARGETS), "target")
     if not isinstance(pattern, dict):
         if target is None:
             return {id(layer): patterns.get(pattern) for layer in layers}
@@ -45,9 +44,9 @@ def choose_patterns(
                 "dict of layer name to pattern goes before the target."
             )
         pattern = {}
-    names = names_of(model)
+    called = names_of(model)
     for name in pattern:
-        if not any(is_named(names[id(layer)], name) for layer in layers):
+        if not any(is_named(called[id(layer)], name) for layer in layers):
             raise ValueError(
                 f"Argument `pattern` names no layer to prune. Received: {name!r}. The layers are: "
                 f"{[layer.name for layer in layers]}."
@@ -56,7 +55,7 @@ def choose_patterns(
     has_path = target == "litert" and _has_sparse_path(model)
     found = {
         id(layer): by_name(
-            chosen, names[id(layer)], patterns.Unstructured() if target is None else _usable(layer, target, has_path)
+            chosen, called[id(layer)], patterns.Unstructured() if target is None else _usable(layer, target, has_path)
         )
         for layer in layers
     }

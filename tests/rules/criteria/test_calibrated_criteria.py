@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.src.core import least_squares
+from keras_renorm import criteria
+from keras_renorm.src.core import least_squares, names
 from keras_renorm.src.core.moments import InputSizes, Moments
 from keras_renorm.src.kernels.masks import compute_mask
-from keras_renorm.src.rules import criteria
 from keras_renorm.src.rules.criteria.activity import keep_share
 from tests.core.test_moments import moments_of
 
-KNOWN = {name: cls for name, cls in criteria.KNOWN.items() if issubclass(cls, criteria.CalibratedCriterion)}
+KNOWN = names.resolve(names.CALIBRATED_CRITERIA)
 
 
 def with_gram(gram, units=2):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from keras_renorm.src.rules import criteria
+from keras_renorm import criteria
+from keras_renorm.src.rules.criteria import KNOWN
 
 # A row for every criterion: an instance, a kernel, its scores worked out by hand (or None).
 ROWS = [
@@ -22,11 +23,11 @@ def test_scores(criterion, kernel, expected):
 
 
 def test_every_criterion_has_a_row():
-    known = {cls for cls in criteria.KNOWN.values() if not issubclass(cls, criteria.CalibratedCriterion)}
+    known = {cls for cls in KNOWN.values() if not issubclass(cls, criteria.CalibratedCriterion)}
     assert {type(row[0]) for row in ROWS} == known
 
 
-@pytest.mark.parametrize("name", list(criteria.KNOWN))
+@pytest.mark.parametrize("name", list(KNOWN))
 def test_names_configs_and_equality(name):
     criterion = criteria.get(name, calibrated=True)
     again = type(criterion).from_config(criterion.get_config())

@@ -1,24 +1,16 @@
 """What gives every weight a score shaped like its kernel; larger = keep.
 
-A new criterion is one file beside this one and one row of `KNOWN`.
+A new criterion is one file beside this one and one row of `core/names.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from keras_renorm.src.core import registry
-from keras_renorm.src.rules.criteria.activation import Activation
-from keras_renorm.src.rules.criteria.activity import Activity
-from keras_renorm.src.rules.criteria.admm import ADMM
+from keras_renorm.src.core import names, registry
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion, Criterion
-from keras_renorm.src.rules.criteria.magnitude import Magnitude
-from keras_renorm.src.rules.criteria.obs import OBS
-from keras_renorm.src.rules.criteria.random import Random
 
-KNOWN = {"magnitude": Magnitude, "random": Random, "activation": Activation, "activity": Activity, "obs": OBS, "admm": ADMM}
-
-__all__ = ["ADMM", "KNOWN", "OBS", "Activation", "Activity", "CalibratedCriterion", "Criterion", "Magnitude", "Random", "get"]
+KNOWN = names.resolve(names.CRITERIA | names.CALIBRATED_CRITERIA)
 
 
 def get(identifier: Any, calibrated: bool = False) -> Any:

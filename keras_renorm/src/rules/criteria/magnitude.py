@@ -13,7 +13,7 @@ class Magnitude(Criterion):
     Example:
 
     >>> import numpy as np
-    >>> from keras_renorm.src.rules.criteria import Magnitude
+    >>> from keras_renorm.criteria import Magnitude
     >>> Magnitude()(np.array([[-2.0, 1.0]]))
     array([[2., 1.]])
     """

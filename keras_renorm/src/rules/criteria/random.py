@@ -16,7 +16,7 @@ class Random(Criterion):
     Example:
 
     >>> import numpy as np
-    >>> from keras_renorm.src.rules.criteria import Random
+    >>> from keras_renorm.criteria import Random
     >>> Random(seed=1)(np.ones((2, 3))).shape
     (2, 3)
     """

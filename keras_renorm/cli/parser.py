@@ -1,41 +1,23 @@
-"""The command line of keras_renorm: what can be asked, and how answers and errors are shown.
-
-It stands beside the package, whose import brings Keras and TensorFlow in: help and wrong use are answered at once.
-"""
+"""The arguments of the command line. Neither Keras nor TensorFlow is imported: help and wrong use are answered at once."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
-import functools
-import importlib
-import importlib.metadata
-import json
 import math
-import os
 import pathlib
-import signal
-import sys
-import textwrap
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-PROGRAM = "keras-renorm"
-FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+from keras_renorm.src.core import names
+from keras_renorm.version import __version__
 
-# What the library knows, so that a wrong name is seen before it is imported.
-GROUPS = ("layer", "unit")
-TARGETS = ("litert", "litert-int8")
-QUANTIZE = ("float16", "int8")
-STORAGE = ("auto", "full", "sparse")
-ALLOCATIONS = ("balanced", "erk", "global", "lamp", "uniform")
-PATTERNS = ("block", "n_of_m", "unit", "unstructured")
-CRITERIA = ("activation", "activity", "admm", "auto", "magnitude", "obs", "random")
-RENORMALIZERS = ("auto", "l1", "l2", "lstsq", "moments", "none")
-NEED_SAMPLES = ("activation", "activity", "admm", "lstsq", "moments", "obs")
+PROGRAM = "keras-renorm"
+
+PATTERNS = sorted(names.PATTERNS)
+CRITERIA = sorted(["auto", *names.CRITERIA, *names.CALIBRATED_CRITERIA])
+RENORMALIZERS = sorted(["auto", "none", *names.RENORMALIZERS, *names.CALIBRATED_RENORMALIZERS])
+ALLOCATIONS = sorted(names.ALLOCATIONS)
+NEED_SAMPLES = [*names.CALIBRATED_CRITERIA, *names.CALIBRATED_RENORMALIZERS]
 
 EXAMPLES = """
 examples:
@@ -109,39 +91,6 @@ of what a phone would take.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say; returns the exit status.
-
-    Args:
-        argv: the arguments; `None` for those of the process.
-    """
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    if contradiction := _contradiction(arguments):
-        parser.error(contradiction)
-    try:
-        with _terminable(), _quiet(arguments.debug):
-            _check_files(arguments)
-            text, data = importlib.import_module(f"keras_renorm.cli.{arguments.command}").run(arguments)
-        print(json.dumps(_plain(data), indent=1) if arguments.json else text, flush=True)
-        return 0
-    except _Terminated:
-        print(f"{PROGRAM}: terminated", file=sys.stderr)
-        return TERMINATED
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Who read the output has seen enough; Python would complain when it closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except Exception as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"{PROGRAM}: error: {_with_file(_in_one_line(error), arguments)}", file=sys.stderr)
-        return FAILED
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -151,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     prune = _command(commands, "prune", "prune a trained model in one shot, without labels and without training", PRUNE)
@@ -193,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="which weights go together: unstructured (default), unit, block:4,1 (inputs,units) or n_of_m:2,4; or "
         "LAYER=unit, once for each layer (or glob)",
     )
-    prune.add_argument("--group", choices=GROUPS, default="layer", help="which weights compete (default: %(default)s)")
+    prune.add_argument("--group", choices=names.GROUPS, default="layer", help="which weights compete (default: %(default)s)")
     prune.add_argument(
         "--allocation",
         choices=ALLOCATIONS,
@@ -201,7 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="how the sparsity is divided among layers: %(choices)s (default: %(default)s)",
     )
-    prune.add_argument("--target", choices=TARGETS, help="choose each layer's pattern for a runtime that is to be fast")
+    prune.add_argument("--target", choices=names.TARGETS, help="choose each layer's pattern for a runtime that is to be fast")
     prune.add_argument(
         "--layer", action="append", metavar="LAYER", help="prune this layer (or glob); repeat it for more (default: all)"
     )
@@ -217,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", "write a .tflite file that is smaller because it is sparse", EXPORT)
     export.add_argument("model", type=_model(".keras"), metavar="MODEL.keras")
     _add_output(export, ".tflite")
-    export.add_argument("--quantize", choices=QUANTIZE, help="float16, or int8 (default: float32)")
+    export.add_argument("--quantize", choices=names.QUANTIZE, help="float16, or int8 (default: float32)")
     export.add_argument(
         "--representative-data",
         type=_file(".npz", ".npy"),
@@ -232,7 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--storage",
-        choices=STORAGE,
+        choices=names.STORAGE,
         default="auto",
         help="sparse: for LiteRT; full: for TensorFlow Lite for Microcontrollers, too (default: full up to 256 kB of weights)",
     )
@@ -374,7 +323,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _contradiction(arguments: argparse.Namespace) -> str | None:
+def contradiction(arguments: argparse.Namespace) -> str | None:
     """What is wrong with arguments that are right one by one."""
     if arguments.command == "export" and arguments.representative_data and arguments.quantize != "int8":
         return "--representative-data goes with --quantize int8"
@@ -390,123 +339,3 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         if value in NEED_SAMPLES and not arguments.calibration:
             return f"{option} {value} needs samples: --calibration X.npz"
     return None
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("keras-renorm")
-    except importlib.metadata.PackageNotFoundError:
-        # A checkout that is not installed.
-        return importlib.import_module("keras_renorm.version").__version__
-
-
-def _check_files(arguments: argparse.Namespace) -> None:
-    """What can be said of files before the work begins."""
-    for value in vars(arguments).values():
-        if isinstance(value, pathlib.Path) and value is not getattr(arguments, "output", None):
-            if value.is_dir():
-                raise IsADirectoryError(f"'{value}' is a folder, not a file.")
-            if value.exists() and not value.is_file():
-                raise OSError(f"'{value}' is a pipe or a device, not a file. Write what comes out of it to a file first.")
-            with open(value, "rb"):
-                pass
-    if "output" in arguments:
-        _check_output(arguments.output, arguments.force)
-
-
-def _check_output(path: pathlib.Path, force: bool) -> None:
-    """Raise `OSError` if a file cannot be written, or is there and must not be written over."""
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "cannot be written: its folder does not exist"
-        raise OSError(f"'{path}' {what}.")
-    if path.exists() and not path.is_file():
-        raise OSError(f"'{path}' is a pipe or a device, not a file. Pass another -o.")
-    if path.exists() and not force:
-        raise FileExistsError(f"'{path}' is there already. Pass --force to write over it, or another -o.")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"'{path}' cannot be written: its folder is closed to you.")
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM clean up as Ctrl-C does."""
-
-    def terminate(*_: Any) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Keep standard output for the answer, and standard error free of what TensorFlow logs when it starts.
-
-    TensorFlow and LiteRT write to the file descriptor, past Python. Warnings go to standard error, and progress bars if it is a
-    terminal.
-    """
-    with contextlib.ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.showwarning = _show_warning
-        if not debug:
-            # What one library tells another.
-            warnings.simplefilter("ignore", FutureWarning)
-            if sys.stderr is sys.__stderr__:
-                stack.enter_context(contextlib.redirect_stderr(_standard_error()))
-            descriptor = os.dup(2)
-            stack.callback(os.close, descriptor)
-            stack.callback(os.dup2, descriptor, 2)
-            os.dup2(nowhere.fileno(), 2)
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr if debug or sys.stderr.isatty() else nowhere))
-        yield
-
-
-@functools.cache
-def _standard_error() -> Any:
-    """Standard error past the descriptor that is silenced; never closed, as loggers keep what they find."""
-    return open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-
-
-def _plain(data: Any) -> Any:
-    """What JSON can say: `null` for what is not finite."""
-    if isinstance(data, dict):
-        return {key: _plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return str(data) if isinstance(data, pathlib.Path) else data
-
-
-def _show_warning(message: Any, category: type, *_: Any) -> None:
-    print(f"{PROGRAM}: warning: {_in_one_line(message)}", file=sys.stderr)
-
-
-def _with_file(text: str, arguments: argparse.Namespace) -> str:
-    """An error that names a file: the one whose option it is about, else the first."""
-    paths = {name: str(value) for name, value in vars(arguments).items() if isinstance(value, pathlib.Path)}
-    about = [path for name, path in paths.items() if f"`{name}`" in text] or list(paths.values())
-    return text if text.startswith("--") or any(path in text for path in about) else f"'{about[0]}': {text}"
-
-
-def _in_one_line(error: Any) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = "" if error.filename is None else f"'{error.filename}': "
-        return f"{where}{error.strerror}. Make room where the output goes and in the folder for temporary files (TMPDIR)."
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"'{error.filename}': {error.strerror}"
-    text = textwrap.shorten(str(error), 1000, placeholder=" ...")
-    plain = not isinstance(error, Exception) or isinstance(error, (ValueError, TypeError, OSError, RuntimeError, Warning))
-    return text if plain and text else f"{type(error).__name__}: {text}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Patterns say which weights of a kernel are removed together."""
+
+from keras_renorm.src.rules.patterns import Block, NOfM, Pattern, Unit, Unstructured, get
+
+__all__ = ["Block", "NOfM", "Pattern", "Unit", "Unstructured", "get"]
