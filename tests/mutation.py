@@ -1,7 +1,8 @@
 """How many small faults do the tests see?
 
-`python tests/mutation.py kernels/masks` changes an operator, a number or a statement of `keras_renorm/src/kernels/masks.py` at a
-time, runs `tests/kernels/test_masks.py`, and lists the changes that no test saw. Not run by pytest.
+`python tests/mutation.py kernels/masks` changes one operator, number or statement of
+`keras_renorm/src/kernels/masks.py` at a time, runs `tests/kernels/test_masks.py`, and lists the changes that no test saw.
+Not run by pytest.
 """
 
 import argparse
