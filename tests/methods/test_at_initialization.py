@@ -9,7 +9,8 @@ import pytest
 import keras_renorm as kr
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.layers.prunable import prunable_layers
-from keras_renorm.src.methods.at_initialization import FITNESS, MOVEMENT, RECOMBINE
+from keras_renorm.src.methods.at_initialization.dissipating_gradients import MOVEMENT
+from keras_renorm.src.methods.at_initialization.k_starts import FITNESS, RECOMBINE
 from tests.layers.cases import CASES, model_around, model_inputs
 
 KStarts, DissipatingGradients = kr.methods.KStarts, kr.methods.DissipatingGradients

@@ -11,7 +11,7 @@ import pytest
 
 import keras_renorm as kr
 from keras_renorm.src.layers.prunable import prunable_layers
-from keras_renorm.src.methods import rounds, run_folder
+from keras_renorm.src.methods import outcome, run_folder, run_state
 
 X = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
 Y = (X[:, :1] - 0.5 * X[:, 1:2]).astype("float32")
@@ -132,7 +132,7 @@ def test_tolerance(mode, answers, floor):
     [("val_accuracy", "max"), ("val_loss", "min"), ("auc", "max"), ("val_perplexity", "min"), ("my_mae", "min")],
 )
 def test_the_direction_of_a_metric(metric, better):
-    assert rounds.direction(metric, "auto") == better
+    assert outcome.direction(metric, "auto") == better
 
 
 def test_ends_when_nothing_is_left_to_remove():
@@ -456,10 +456,10 @@ def test_own_rules_have_the_same_name_in_every_process():
     def rule(kernel):
         return kernel
 
-    assert rounds.name_of(rule).endswith("rule")
-    assert rounds.name_of(Own()).endswith("Own")
-    assert rounds.name_of(kr.patterns.Block((2, 1))) == "Block(size=(2, 1))"
-    assert rounds.name_of(None) == "None"
+    assert run_state.name_of(rule).endswith("rule")
+    assert run_state.name_of(Own()).endswith("Own")
+    assert run_state.name_of(kr.patterns.Block((2, 1))) == "Block(size=(2, 1))"
+    assert run_state.name_of(None) == "None"
 
 
 # Wrong use.

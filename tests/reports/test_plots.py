@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.src.methods.rounds import Outcome, Round
+from keras_renorm.src.methods.outcome import Outcome, Round
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")

@@ -19,6 +19,9 @@ from keras_renorm.src.core import validation
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.prunable import prunable_layers, sparsity_of
 from keras_renorm.src.methods import rounds
+from keras_renorm.src.methods.outcome import Goal, Outcome, direction
+from keras_renorm.src.methods.round_training import check_fit
+from keras_renorm.src.methods.run_state import name_of
 from keras_renorm.src.pruning.conversion import copy_model, plain_copy, to_prunable
 from keras_renorm.src.pruning.model_event import update_masks
 from keras_renorm.src.rules import allocation as allocations
@@ -28,7 +31,7 @@ from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score
 
 
 @dataclasses.dataclass(frozen=True)
-class IterativePruning(rounds.Outcome):
+class IterativePruning(Outcome):
     """What `prune_iteratively` found. Printing it shows the rounds as a table."""
 
     def __str__(self) -> str:
@@ -135,7 +138,7 @@ def prune_iteratively(
     """
     validation.check_model(model)
     _check_steps(step, smallest_step)
-    better = rounds.direction(metric, mode)
+    better = direction(metric, mode)
     if (floor is None) == (tolerance is None):
         raise ValueError(
             "Pass either `floor` (the value that the metric has to hold) or `tolerance` (how far it may be from the dense "
@@ -144,8 +147,8 @@ def prune_iteratively(
     if max_rounds is not None:
         validation.check_count(max_rounds, "max_rounds")
     plan = rounds.Plan(
-        fit=rounds.check_fit(fit, model),
-        goal=rounds.Goal(metric, better, floor, tolerance),
+        fit=check_fit(fit, model),
+        goal=Goal(metric, better, floor, tolerance),
         step=step,
         smallest_step=smallest_step,
         max_rounds=max_rounds,
@@ -166,9 +169,9 @@ def prune_iteratively(
     else:
         pruned = to_prunable(model, layers, None, "magnitude" if by_data else criterion, pattern, group, renormalize)
     settings = dict(metric=metric, floor=floor, tolerance=tolerance, mode=better, step=step, stop_early=stop_early, seed=seed)
-    settings["allocation"] = rounds.name_of(allocation)
+    settings["allocation"] = name_of(allocation)
     if by_data:
-        settings["criterion"] = rounds.name_of(criterion)
+        settings["criterion"] = name_of(criterion)
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(Samples(calibration, model, batch_size)) if by_data else None
 

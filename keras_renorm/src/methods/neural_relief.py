@@ -19,6 +19,8 @@ from keras_renorm.src.core.moments import InputSizes
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.methods import rounds as loop
+from keras_renorm.src.methods.outcome import Goal, Outcome, direction
+from keras_renorm.src.methods.round_training import check_fit
 from keras_renorm.src.pruning.conversion import copy_model, plain_copy, plain_variables, to_prunable
 from keras_renorm.src.pruning.model_event import assign_masks, remove_unread_units
 from keras_renorm.src.rules.criteria.activity import Activity
@@ -28,7 +30,7 @@ SMALLEST_STEP = 0.125
 
 
 @dataclasses.dataclass(frozen=True)
-class NeuralRelief(loop.Outcome):
+class NeuralRelief(Outcome):
     """What `neural_relief` did. Printing it shows the rounds as a table.
 
     `Round.details` of each row of `history` holds:
@@ -153,8 +155,8 @@ def neural_relief(
     if floor is not None and tolerance is not None:
         raise ValueError(f"Pass `floor` or `tolerance`, not both. Received: floor={floor}, tolerance={tolerance}.")
     plan = loop.Plan(
-        fit=loop.check_fit(fit, model),
-        goal=loop.Goal(metric, loop.direction(metric, mode), floor, tolerance),
+        fit=check_fit(fit, model),
+        goal=Goal(metric, direction(metric, mode), floor, tolerance),
         step=1.0,
         smallest_step=SMALLEST_STEP,
         max_rounds=validation.check_count(rounds, "rounds"),
