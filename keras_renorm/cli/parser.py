@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
-import pathlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
+from keras_renorm.cli import argument_types as types
 from keras_renorm.src.core import names
 from keras_renorm.version import __version__
 
 PROGRAM = "keras-renorm"
 
-PATTERNS = sorted(names.PATTERNS)
 CRITERIA = sorted(["auto", *names.CRITERIA, *names.CALIBRATED_CRITERIA])
 RENORMALIZERS = sorted(["auto", "none", *names.RENORMALIZERS, *names.CALIBRATED_RENORMALIZERS])
 ALLOCATIONS = sorted(names.ALLOCATIONS)
@@ -102,103 +99,126 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for add in (_add_prune, _add_report, _add_export, _add_compare):
+        _add_common(add(commands))
+    return parser
 
-    prune = _command(commands, "prune", "prune a trained model in one shot, without labels and without training", PRUNE)
-    prune.add_argument("model", type=_model(".keras"), metavar="MODEL.keras")
-    _add_output(prune, ".keras")
-    prune.add_argument(
+
+def _add_prune(commands: Any) -> argparse.ArgumentParser:
+    command = _command(commands, "prune", "prune a trained model in one shot, without labels and without training", PRUNE)
+    command.add_argument("model", type=types.model_file(".keras"), metavar="MODEL.keras")
+    _add_output(command, ".keras")
+    command.add_argument(
         "--sparsity",
         required=True,
-        action=_PerLayer,
-        type=_setting(_share),
+        action=types.PerLayer,
+        type=types.setting(types.share),
         metavar="[LAYER=]SHARE",
         help="fraction of the weights to remove, in [0, 1), such as 0.9; or LAYER=0.9, once for each layer (or glob) to prune",
     )
-    prune.add_argument(
-        "--calibration", type=_file(".npz", ".npy"), metavar="X.npz", help="a few hundred to a few thousand unlabelled samples"
+    command.add_argument(
+        "--calibration",
+        type=types.file(".npz", ".npy"),
+        metavar="X.npz",
+        help="a few hundred to a few thousand unlabelled samples",
     )
-    prune.add_argument(
+    command.add_argument(
         "--renormalize",
-        type=_name(RENORMALIZERS),
+        type=types.name_among(RENORMALIZERS),
         default="auto",
         metavar="HOW",
         help="what is done to the weights that stay: l1, l2 or none; with --calibration also lstsq or moments "
         "(default: lstsq with --calibration, else what measures best without)",
     )
-    prune.add_argument(
+    command.add_argument(
         "--criterion",
-        type=_name(CRITERIA),
+        type=types.name_among(CRITERIA),
         default="auto",
         metavar="NAME",
         help="what scores the weights: magnitude or random; with --calibration also activation, activity, obs or admm "
         "(default: admm with --calibration, else magnitude)",
     )
-    prune.add_argument(
+    command.add_argument(
         "--pattern",
-        action=_PerLayer,
-        type=_setting(_pattern),
+        action=types.PerLayer,
+        type=types.setting(types.pattern),
         default=("unstructured", ()),
         metavar="[LAYER=]NAME",
         help="which weights go together: unstructured (default), unit, block:4,1 (inputs,units) or n_of_m:2,4; or "
         "LAYER=unit, once for each layer (or glob)",
     )
-    prune.add_argument("--group", choices=names.GROUPS, default="layer", help="which weights compete (default: %(default)s)")
-    prune.add_argument(
+    command.add_argument("--group", choices=names.GROUPS, default="layer", help="which weights compete (default: %(default)s)")
+    command.add_argument(
         "--allocation",
         choices=ALLOCATIONS,
         default="balanced",
         metavar="NAME",
         help="how the sparsity is divided among layers: %(choices)s (default: %(default)s)",
     )
-    prune.add_argument("--target", choices=names.TARGETS, help="choose each layer's pattern for a runtime that is to be fast")
-    prune.add_argument(
+    command.add_argument("--target", choices=names.TARGETS, help="choose each layer's pattern for a runtime that is to be fast")
+    command.add_argument(
         "--layer", action="append", metavar="LAYER", help="prune this layer (or glob); repeat it for more (default: all)"
     )
-    prune.add_argument("--compact", action="store_true", help="take units without weights out of the network")
-    prune.add_argument("--batch-size", type=_count, default=128, metavar="N", help="samples at once (default: %(default)s)")
+    command.add_argument("--compact", action="store_true", help="take units without weights out of the network")
+    command.add_argument(
+        "--batch-size", type=types.count, default=128, metavar="N", help="samples at once (default: %(default)s)"
+    )
+    return command
 
-    report = _command(commands, "report", "what is pruned in a file, layer by layer", REPORT)
-    report.add_argument("file", type=_model(".keras", ".tflite"), metavar="FILE", help="a .keras or a .tflite file")
-    report.add_argument(
+
+def _add_report(commands: Any) -> argparse.ArgumentParser:
+    command = _command(commands, "report", "what is pruned in a file, layer by layer", REPORT)
+    command.add_argument("file", type=types.model_file(".keras", ".tflite"), metavar="FILE", help="a .keras or a .tflite file")
+    command.add_argument(
         "--explain", action="store_true", help="of a .keras file: export it to see what LiteRT makes of its zeros"
     )
+    return command
 
-    export = _command(commands, "export", "write a .tflite file that is smaller because it is sparse", EXPORT)
-    export.add_argument("model", type=_model(".keras"), metavar="MODEL.keras")
-    _add_output(export, ".tflite")
-    export.add_argument("--quantize", choices=names.QUANTIZE, help="float16, or int8 (default: float32)")
-    export.add_argument(
+
+def _add_export(commands: Any) -> argparse.ArgumentParser:
+    command = _command(commands, "export", "write a .tflite file that is smaller because it is sparse", EXPORT)
+    command.add_argument("model", type=types.model_file(".keras"), metavar="MODEL.keras")
+    _add_output(command, ".tflite")
+    command.add_argument("--quantize", choices=names.QUANTIZE, help="float16, or int8 (default: float32)")
+    command.add_argument(
         "--representative-data",
-        type=_file(".npz", ".npy"),
+        type=types.file(".npz", ".npy"),
         metavar="X.npz",
         help="a few hundred typical inputs for --quantize int8: activations become integers too, not only weights",
     )
-    export.add_argument(
-        "--samples", type=_file(".npz", ".npy"), metavar="X.npz", help="inputs to compare outputs on (default: random ones)"
+    command.add_argument(
+        "--samples",
+        type=types.file(".npz", ".npy"),
+        metavar="X.npz",
+        help="inputs to compare outputs on (default: random ones)",
     )
-    export.add_argument(
+    command.add_argument(
         "--smallest", action="store_true", help="store integers sparse also where the runtime is slower with them"
     )
-    export.add_argument(
+    command.add_argument(
         "--storage",
         choices=names.STORAGE,
         default="auto",
         help="sparse: for LiteRT; full: for TensorFlow Lite for Microcontrollers, too (default: full up to 256 kB of weights)",
     )
-    export.add_argument(
+    command.add_argument(
         "--integer-io", action="store_true", help="integer inputs and outputs, as boards want them; with --representative-data"
     )
+    return command
 
-    compare = _command(commands, "compare", "two files side by side: accuracy or outputs, bytes, latency", COMPARE)
+
+def _add_compare(commands: Any) -> argparse.ArgumentParser:
+    command = _command(commands, "compare", "two files side by side: accuracy or outputs, bytes, latency", COMPARE)
     for name in ("a", "b"):
-        compare.add_argument(name, type=_model(".keras", ".tflite"), metavar=name.upper(), help="a .keras or a .tflite file")
-    compare.add_argument("--data", type=_file(".npz", ".npy"), metavar="X.npz", help="samples `x`, and labels `y` if there are")
-    compare.add_argument("--runs", type=_count, default=50, metavar="N", help="inferences to time (default: %(default)s)")
-    compare.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default: %(default)s)")
-
-    for command in (prune, report, export, compare):
-        _add_common(command)
-    return parser
+        command.add_argument(
+            name, type=types.model_file(".keras", ".tflite"), metavar=name.upper(), help="a .keras or a .tflite file"
+        )
+    command.add_argument(
+        "--data", type=types.file(".npz", ".npy"), metavar="X.npz", help="samples `x`, and labels `y` if there are"
+    )
+    command.add_argument("--runs", type=types.count, default=50, metavar="N", help="inferences to time (default: %(default)s)")
+    command.add_argument("--threads", type=types.count, default=1, metavar="N", help="of the runtime (default: %(default)s)")
+    return command
 
 
 def _command(commands: Any, name: str, purpose: str, examples: str) -> argparse.ArgumentParser:
@@ -228,99 +248,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser, suffix: str) -> None:
-    parser.add_argument("-o", "--output", required=True, type=_file(suffix), metavar=f"OUT{suffix}", help="where to write")
+    parser.add_argument("-o", "--output", required=True, type=types.file(suffix), metavar=f"OUT{suffix}", help="where to write")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
-
-
-def _file(*suffixes: str) -> Any:
-    """A type of argument: a path with one of these endings."""
-
-    def path(text: str) -> pathlib.Path:
-        if not text.endswith(suffixes):
-            raise argparse.ArgumentTypeError(f"must end in {' or '.join(suffixes)}, but is {text!r}")
-        return pathlib.Path(text)
-
-    return path
-
-
-def _model(*suffixes: str) -> Any:
-    """A type of argument: the path of a model, with one of these endings."""
-
-    def path(text: str) -> pathlib.Path:
-        old = pathlib.Path(text)
-        if old.suffix in (".h5", ".hdf5"):
-            convert = f"keras.models.load_model({text!r}, compile=False).save({str(old.with_suffix('.keras'))!r})"
-            raise argparse.ArgumentTypeError(f"must end in {' or '.join(suffixes)}: convert it in Python with `{convert}`")
-        return _file(*suffixes)(text)
-
-    return path
-
-
-class _PerLayer(argparse.Action):
-    """One value for all layers, or a dict of layer to value, one an option."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        layer, one = value
-        before = getattr(namespace, self.dest)
-        given = before is not self.default
-        if isinstance(before, dict) and layer in before:
-            raise argparse.ArgumentError(self, f"{layer!r} is given twice")
-        if layer is None and not given:
-            setattr(namespace, self.dest, one)
-        elif layer is not None and (not given or isinstance(before, dict)):
-            setattr(namespace, self.dest, {**(before if given else {}), layer: one})
-        else:
-            raise argparse.ArgumentError(self, "give one value for all layers, or LAYER=value for each")
-
-
-def _setting(kind: Callable[[str], Any]) -> Callable[[str], tuple[str | None, Any]]:
-    """A type of argument: a value, or `LAYER=value`."""
-
-    def setting(text: str) -> tuple[str | None, Any]:
-        layer, _, value = text.rpartition("=")
-        return layer or None, kind(value)
-
-    return setting
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number in [0, 1), such as 0.9 for 90%, but is {text!r}")
-    return value
-
-
-def _pattern(text: str) -> tuple[str, tuple[int, ...]]:
-    """The name of a pattern and its numbers."""
-    name, colon, numbers = text.partition(":")
-    sides = tuple(int(side) if side.isdecimal() else 0 for side in numbers.split(",")) if colon else ()
-    if colon and (name not in ("block", "n_of_m") or len(sides) != 2 or 0 in sides):
-        raise argparse.ArgumentTypeError(f"must be like block:4,1 or n_of_m:2,4, but is {text!r}")
-    if name == "n_of_m" and sides and sides[0] >= sides[1]:
-        raise argparse.ArgumentTypeError(f"must keep fewer than all, such as n_of_m:2,4, but is {text!r}")
-    return _name(PATTERNS)(name), sides
-
-
-def _name(known: Sequence[str]) -> Callable[[str], str]:
-    """A type of argument: a name that the library knows, or one of a module of the user's, `PACKAGE>NAME`."""
-
-    def name(text: str) -> str:
-        if text not in known and ">" not in text:
-            raise argparse.ArgumentTypeError(
-                f"must be one of {', '.join(known)}, or, in quotes, 'PACKAGE>NAME' with --import, but is {text!r}"
-            )
-        return text
-
-    return name
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but is {text!r}")
-    return int(text)
 
 
 def contradiction(arguments: argparse.Namespace) -> str | None:
