@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from keras_renorm.src.core import names
+
 
 def file(*suffixes: str) -> Any:
     """A type of argument: a path with one of these endings."""
