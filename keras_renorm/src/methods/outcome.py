@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_renorm.src.core import validation
-from keras_renorm.src.reports import plots
+from keras_renorm.src.reports.run_plots import history as draw_history
 
 LARGER_IS_BETTER = ("acc", "accuracy", "auc", "precision", "recall", "f1_score", "iou", "r2_score")
 SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse", "crossentropy")
@@ -63,7 +63,7 @@ class Outcome:
         Returns:
             The axes.
         """
-        return plots.history(self, ax)
+        return draw_history(self, ax)
 
 
 @dataclasses.dataclass(frozen=True)
