@@ -17,7 +17,7 @@ import pytest
 import keras_renorm as kr
 from keras_renorm.cli import compare, files, parser, report
 from keras_renorm.cli import main as cli
-from keras_renorm.src.export import storage, tflite, verification
+from keras_renorm.src.export import running, storage, verification
 from keras_renorm.src.export.benchmark import Inference
 
 L = keras.layers
@@ -496,7 +496,7 @@ def test_a_terminated_export_leaves_nothing(run, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(tflite, "convert", convert)
+    monkeypatch.setattr(running, "convert", convert)
     before = signal.getsignal(signal.SIGTERM)
     assert run("export pruned.keras -o @p.tflite") == (143, "", "keras-renorm: terminated\n")
     assert os.listdir(tmp_path) == []

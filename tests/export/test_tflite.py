@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.src.export import failures, tflite, verification
+from keras_renorm.src.export import failures, running, verification
 
 tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":
@@ -152,7 +152,7 @@ def test_a_failure_leaves_the_old_file(failing, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(*((tflite, "convert") if failing == "convert" else (verification, "run")), fail)
+    monkeypatch.setattr(*((running, "convert") if failing == "convert" else (verification, "run")), fail)
     with pytest.raises(RuntimeError, match="no such operation"):
         kr.export_tflite(dense(), path)
     assert path.read_bytes() == b"old"
@@ -501,7 +501,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         except tf.errors.ResourceExhaustedError as error:
             raise RuntimeError("TensorFlow could not convert") from error
 
-    monkeypatch.setattr(tflite, "convert", fail)
+    monkeypatch.setattr(running, "convert", fail)
     with pytest.raises(OSError, match=r"model.tflite' was not written: no space is left .*TMPDIR"):
         kr.export_tflite(small(), tmp_path / "model.tflite")
 
