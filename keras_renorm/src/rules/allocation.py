@@ -1,8 +1,8 @@
-"""How one overall sparsity is divided among kernels.
+"""Allocations: how one overall sparsity is divided among the kernels of a model.
 
-An allocation is a function `(kernels, keep) -> counts`: arrays and how many of their weights stay in all -> how many stay in
-each, as fractions that add up to `keep`; a kernel may be asked to keep more than it has, the rest is then divided among the
-others. A new one is one function here and one row of `core/names.py`.
+An allocation is a function `(kernels, keep) -> counts`. `keep` is the number of weights to keep in all kernels together;
+`counts` are the numbers to keep in each, not rounded, with the sum `keep`. A count may exceed the size of its kernel: the
+excess is then divided among the other kernels. A new allocation is one function here and one row of `core/names.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from keras_renorm.src.core import arrays, names, validation
 
 
 def uniform(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
-    """The same share of every kernel."""
+    """Keep the same share of every kernel."""
     sizes = np.array([kernel.size for kernel in kernels], float)
     return keep * sizes / sizes.sum()
 
 
 def erk(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
-    """Erdős-Rényi kernel: a density proportional to the sum of a kernel's sides over their product; small ones keep more.
+    """Erdős-Rényi kernel: a density proportional to the sum of the sides of a kernel over their product.
+
+    Small kernels keep more.
 
     Source: U. Evci and others, Rigging the lottery: making all tickets winners, arXiv 1911.11134.
     """
@@ -31,17 +33,17 @@ def erk(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
 
 
 def balanced(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
-    """The mean of `uniform` and `erk`: small kernels keep more than large ones, but not all that `erk` spares for them."""
+    """The mean of `uniform` and `erk`: small kernels keep more than large ones, but less than with `erk`."""
     return (uniform(kernels, keep) + erk(kernels, keep)) / 2
 
 
 def global_(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
-    """One threshold on the magnitude over all kernels."""
+    """One threshold on the magnitude for all kernels."""
     return _above_threshold([np.abs(kernel).reshape(-1) for kernel in kernels], keep)
 
 
 def lamp(kernels: Sequence[np.ndarray], keep: float) -> np.ndarray:
-    """One threshold on `w^2` over the sum of the squares of all weights of the kernel that are not smaller.
+    """One threshold for all kernels on `w^2` divided by the sum of the squares of the weights that are not smaller.
 
     Source: J. Lee and others, Layer-adaptive sparsity for the magnitude-based pruning, arXiv 2010.07611.
     """
@@ -64,7 +66,7 @@ def _above_threshold(scores: list[np.ndarray], keep: float) -> np.ndarray:
 
 
 def _smallest_of_all(parts: list[np.ndarray], rank: int, sample: int = 100_000) -> float:
-    """The value that has `rank` values below it in order, without an array of all."""
+    """The value of rank `rank` (from 0) among all parts, without concatenating them."""
     size = sum(part.size for part in parts)
     generator = np.random.default_rng(0)
     drawn = [part[generator.integers(part.size, size=-(-part.size * sample // size))] for part in parts]
@@ -80,7 +82,7 @@ KNOWN = names.resolve(names.ALLOCATIONS)
 
 
 def get(identifier: Any) -> Callable:
-    """The allocation that a name or a callable `(kernels, keep) -> counts` stands for."""
+    """Get an allocation by its name, or return a callable `(kernels, keep) -> counts` as it is."""
     if callable(identifier):
         return identifier
     validation.check_choice(identifier, tuple(KNOWN), "allocation")
@@ -90,21 +92,22 @@ def get(identifier: Any) -> Callable:
 def allocate(
     kernels: Sequence[np.ndarray], sparsity: float, allocation: str | Callable = "balanced", most: float | Sequence[float] = 1.0
 ) -> list[float]:
-    """The sparsity of each kernel, so that together they lose exactly `round(sparsity * weights)` weights.
+    """Divide a sparsity among kernels, so that together they lose exactly `round(sparsity * weights)` weights.
 
     Args:
         kernels: the arrays to prune.
-        sparsity: fraction of all their weights to remove, in [0, 1).
+        sparsity: fraction of the weights of all kernels to remove, in [0, 1).
         allocation: `"uniform"`, `"global"`, `"erk"`, `"balanced"`, `"lamp"`, or a callable `(kernels, keep) -> counts`.
-        most: sparsity that no kernel can exceed, as a pattern may demand: one for all, or one a kernel. Every kernel keeps a
-            weight at least.
+            Defaults to `"balanced"`.
+        most: the highest sparsity of a kernel, which its pattern may limit: one number for all kernels, or one for each.
+            Every kernel keeps at least one weight. Defaults to 1.
 
     Returns:
         One sparsity for each kernel.
 
     Raises:
-        ValueError: if the sparsity is outside [0, 1) or more than `most` allows, or the allocation is not known or gives
-            something else than counts.
+        ValueError: if the sparsity is outside [0, 1) or more than `most` allows, if the allocation is not known, or if it
+            returns anything else than counts.
 
     Example:
 
@@ -157,7 +160,7 @@ def check_reachable(sizes: Sequence[int], sparsity: float, most: float | Sequenc
 
 
 def _whole(counts, keep, least, sizes):
-    """Integers near `counts` that add up to `keep`: the largest remainders are rounded up."""
+    """Integers near `counts` with the sum `keep`: the largest remainders are rounded up."""
     whole = np.clip(np.floor(counts + 1e-9), least, sizes).astype(int)
     remainders = counts - whole
     while (missing := keep - whole.sum()) != 0:

@@ -1,8 +1,8 @@
-"""Which weights live and die together.
+"""Sparsity patterns: which weights of a kernel are removed together.
 
-A pattern groups the weights of a kernel into cells, each with one score; a mask keeps or removes whole cells. Scores come
-with the inputs first and the units last: shape `(..., inputs, units)`, where the axis before the last is the one that
-TFLite stores innermost (the input channels of a convolution).
+A pattern groups the weights of a kernel into cells, each with one score; a mask keeps or removes whole cells. Scores have the
+inputs first and the units last: shape `(..., inputs, units)`. The axis before the last is the axis that TFLite stores
+innermost (the input channels of a convolution).
 
 A new pattern is one class in this module and one row of `core/names.py`.
 """
@@ -18,10 +18,11 @@ from keras_renorm.src.core.arrays import row_blocks
 
 
 class Pattern(registry.Configurable):
-    """Base class: cells are single weights and every one of them may be removed.
+    """Base class of patterns. Its cells are single weights, and every one of them may be removed.
 
-    `most` is the highest sparsity that the pattern can give, `units_per_cell` how many units a cell spans (`None`: its
-    cells are the units themselves).
+    Attributes:
+        most: the highest sparsity that the pattern can give. Defaults to 1.
+        units_per_cell: the number of units that a cell spans; `None` if the cells are whole units. Defaults to 1.
     """
 
     most = 1.0
@@ -29,14 +30,14 @@ class Pattern(registry.Configurable):
 
     @property
     def by_units(self) -> bool:
-        """Whether whole units go, all weights of each: there is one cell for all inputs, as it says itself."""
+        """Whether the pattern removes whole units: there is one cell for all inputs of a unit."""
         return self.units_per_cell is None and len(self.cells(np.ones((6, 8), np.float32))) == 1
 
     def cells(self, scores: np.ndarray) -> np.ndarray:
-        """One score a cell, as a matrix with units last; `inf` marks a cell that always stays.
+        """The score of each cell, as a matrix with units last; `inf` marks a cell that is always kept.
 
         Args:
-            scores: array of shape `(..., inputs, units)`, larger = keep.
+            scores: array of shape `(..., inputs, units)`. The highest scores are kept.
 
         Returns:
             Array of shape `(cells, unit cells)`.
@@ -47,24 +48,24 @@ class Pattern(registry.Configurable):
         """Whether any weight of each cell is flagged.
 
         Args:
-            flags: bool of shape `(..., inputs, units)`; or of shape `(..., 1, units)`, where all weights of a unit are alike.
+            flags: bool array of shape `(..., inputs, units)`, or `(..., 1, units)` if all weights of a unit have the same flag.
 
         Returns:
-            Bool of the shape of `cells`.
+            Bool array of the shape that `cells` returns.
         """
         return flags.reshape(-1, flags.shape[-1])
 
     def expand(self, kept: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Spread kept cells over their weights: bool of the shape of `cells` -> bool of shape `shape`."""
+        """The mask of a kernel of shape `shape`, from a bool array with one entry for each cell."""
         return kept.reshape(shape)
 
     def check(self, sparsity: float, group: str) -> None:
-        """Raise `ValueError` for a sparsity or a group that the pattern cannot give."""
+        """Raise `ValueError` if the pattern cannot give this sparsity, or does not work with this group."""
 
 
 @registry.register
 class Unstructured(Pattern):
-    """Single weights (default).
+    """Single weights, each removed on its own: unstructured sparsity.
 
     Example:
 
@@ -76,14 +77,15 @@ class Unstructured(Pattern):
 
 @registry.register
 class Block(Pattern):
-    """Rectangular blocks of the kernel seen as a matrix `(inputs, units)`.
+    """Rectangular blocks of the kernel, which is viewed as a matrix `(inputs, units)`.
 
-    A convolution's kernel `(height, width, channels, filters)` is seen as `(height * width * channels, filters)`. Blocks at
-    the edge are smaller where the size does not divide. A block's score is the sum of its weights' scores.
+    The kernel of a convolution, `(height, width, channels, filters)`, is viewed as `(height * width * channels, filters)`.
+    Blocks at the edge are smaller if the kernel is not a multiple of the block. The score of a block is the sum of the scores
+    of its weights.
 
     Args:
-        size: pair of integers `(inputs, units)`. `(4, 1)` is the 1x4 block of TFLite, whose kernels are
-            `(units, inputs)`: four consecutive inputs of one unit.
+        size: pair of integers `(inputs, units)`. `(4, 1)` is four consecutive inputs of one unit: the 1x4 block of TFLite,
+            whose kernels are `(units, inputs)`. Defaults to `(4, 1)`.
 
     Example:
 
@@ -115,7 +117,7 @@ class Block(Pattern):
                 continue
             lines = np.swapaxes(matrix, 0, axis)
             reduced = lines[::side].copy("K")
-            # Faster than `reduceat`, and blocks at the edge need nothing of their own.
+            # Faster than `reduceat`, and blocks at the edge are no special case.
             for start in range(1, min(side, len(lines))):
                 more = lines[start::side]
                 operation(reduced[: len(more)], more, out=reduced[: len(more)])
@@ -132,14 +134,15 @@ class Block(Pattern):
 
 @registry.register
 class NOfM(Pattern):
-    """At most `n` weights of every `m` consecutive inputs of a unit, counted along the axis that TFLite stores innermost.
+    """N:M sparsity: at most `n` weights of every `m` consecutive inputs of a unit are kept.
 
-    Its full sparsity is `1 - n / m`. At a lower one (a schedule on its way) the weights with the lowest scores among those
-    that would go are removed. A run at the end that is shorter than `m` keeps up to `n` weights.
+    Inputs are counted along the axis that TFLite stores innermost. The highest sparsity is `1 - n / m`. At a lower sparsity,
+    such as in the middle of a schedule, the weights with the lowest scores are removed first, among the weights that the
+    highest sparsity would remove. A shorter run at the end keeps up to `n` weights.
 
     Args:
-        n: how many weights of a run stay.
-        m: length of a run.
+        n: number of weights to keep in each run. Defaults to 2.
+        m: length of a run. Defaults to 4.
 
     Example:
 
@@ -177,10 +180,14 @@ class NOfM(Pattern):
         return cells.reshape(-1, units)
 
     def _goes(self, scores: np.ndarray) -> np.ndarray:
-        """Which scores are not among the `n` highest of their run, of equal ones the last; of shape `(any, inputs, units)`."""
+        """Whether each score is not among the `n` highest of its run; of equal scores the last are not.
+
+        Args:
+            scores: array of shape `(any, inputs, units)`.
+        """
         outer, inputs, units = scores.shape
         if inputs % self.m:
-            # What pads a short run counts as its first weights to go.
+            # The padding of a short run is removed before its weights.
             scores = np.pad(scores, [(0, 0), (0, -inputs % self.m), (0, 0)], constant_values=-np.inf)
         runs = scores.reshape(outer, -1, self.m, units)
         beaten_by = np.zeros(runs.shape, np.uint8)
@@ -194,7 +201,16 @@ class NOfM(Pattern):
 
 @registry.register
 class Unit(Pattern):
-    """Whole units: columns of a Dense kernel, filters of a convolution. A unit's score is the sum of its weights' scores."""
+    """Whole units: columns of a Dense kernel, filters of a convolution. This is structured pruning.
+
+    The score of a unit is the sum of the scores of its weights.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.patterns.Unit()
+    Unit()
+    """
 
     units_per_cell = None
 
@@ -219,7 +235,23 @@ KNOWN = names.resolve(names.PATTERNS)
 
 
 def get(identifier: Any) -> Pattern:
-    """The pattern that a name, an instance or a config stands for."""
+    """Get a pattern by its name, from an instance, or from a config.
+
+    Args:
+        identifier: `"unstructured"`, `"block"`, `"n_of_m"`, `"unit"`, a `Pattern`, or its config.
+
+    Returns:
+        A `Pattern`.
+
+    Raises:
+        ValueError: if `identifier` is none of these.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.patterns.get("n_of_m")
+    NOfM(n=2, m=4)
+    """
     pattern = registry.get(identifier, KNOWN, Pattern, "pattern")
     if not isinstance(pattern, Pattern):
         raise ValueError(

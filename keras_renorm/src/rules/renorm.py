@@ -1,8 +1,8 @@
-"""What is done to the surviving weights so that each unit computes what it computed before.
+"""Renormalizers: they change the weights that are kept, so that each unit computes nearly what it computed before.
 
-A renormalizer is called as `renormalizer(before, after, input_axes)` with two kernels, the one that the layer computed with
-until now and what is left of it, and returns one scale a unit. One that needs samples is called as
-`renormalizer(matrix, mask, moments)` and returns new weights. A new one is one class in this module and one
+A renormalizer is called as `renormalizer(before, after, input_axes)`, with the kernel before and after pruning, and returns one
+scale for each unit. A renormalizer that needs calibration samples is called as `renormalizer(matrix, mask, moments)` and
+returns new weights. A new one is one class in this module and one
 row of `core/names.py`.
 """
 
@@ -20,18 +20,18 @@ GRANULARITIES = ("unit", "layer")
 
 
 class Renormalizer(registry.Configurable):
-    """Base class of what turns a pruned kernel into scales."""
+    """Base class of renormalizers: the scale of each unit, from the kernel before and after pruning."""
 
     def __call__(self, before: np.ndarray, after: np.ndarray, input_axes: tuple[int, ...]) -> np.ndarray:
-        """One scale a unit.
+        """Compute the scale of each unit.
 
         Args:
-            before: the kernel that the layer computed with until now.
+            before: the kernel before this pruning event.
             after: the kernel with the removed weights set to zero, not yet scaled.
-            input_axes: axes that run over the inputs of one unit.
+            input_axes: the axes that run over the inputs of one unit.
 
         Returns:
-            Array that broadcasts against the kernel, of its shape with `input_axes` of length one.
+            Array of the shape of the kernel, but with `input_axes` of length one.
         """
         raise NotImplementedError
 
@@ -43,11 +43,12 @@ def _check_max_scale(value: float | None) -> float | None:
 
 
 class _KeepNorm(Renormalizer):
-    """Scale that gives each unit back the norm that its weights had.
+    """The scale that gives each unit the norm of its weights back.
 
     Args:
-        granularity: `"unit"` for one scale a unit, `"layer"` for the same scale for all units of a layer.
-        max_scale: upper bound of a scale, or `None`. It must be at least 1.
+        granularity: `"unit"` for one scale for each unit, `"layer"` for the same scale for all units of a layer. Defaults to
+            `"unit"`.
+        max_scale: upper bound of a scale, at least 1, or `None`. Defaults to `None`.
     """
 
     def __init__(self, granularity: str = "unit", max_scale: float | None = None):
@@ -63,12 +64,15 @@ class _KeepNorm(Renormalizer):
     def of_masks(
         self, kernel: np.ndarray, mask: np.ndarray | None, new_mask: np.ndarray, scale: Any, input_axes: tuple[int, ...]
     ) -> np.ndarray:
-        """What a call with `kernel * mask * scale` and `kernel * new_mask` gives, without these arrays; `None` is no mask."""
+        """The result of a call with `kernel * mask * scale` and `kernel * new_mask`, without making these arrays.
+
+        A mask of `None` keeps every weight.
+        """
         wanted, left = self._norms(kernel, [mask, new_mask], input_axes, scale)
         return self._ratio(wanted, left, kernel.shape, input_axes)
 
     def _norms(self, kernel, masks, input_axes, first_scale=1.0):
-        """The norm of each unit under each mask, the first times a scale: one pass over the kernel."""
+        """The norm of each unit under each mask, in one pass over the kernel. The norm under the first mask is scaled."""
         with np.errstate(over="ignore"):
             sums = self._sums(kernel, masks, tuple(input_axes), kernel.dtype)
         if not all(np.all((part > 1e-30) & (part < np.inf)) for part in sums):
@@ -81,7 +85,7 @@ class _KeepNorm(Renormalizer):
         return [part ** (1 / self.power) for part in sums]
 
     def _sums(self, kernel, masks, axes, dtype):
-        """The sum of powers of each unit under each mask, added up in a precision."""
+        """The sum of powers of each unit under each mask, accumulated in `dtype`."""
         sums = [[] for _ in masks]
         for rows in row_blocks(len(kernel), kernel.size // max(1, len(kernel))):
             block = kernel[rows].astype(dtype, copy=False)
@@ -92,7 +96,7 @@ class _KeepNorm(Renormalizer):
 
     def _ratio(self, wanted, left, shape, input_axes):
         scale = np.ones_like(wanted)
-        # A unit without survivors (or one that was dead before) has nothing to keep.
+        # A unit without kept weights, or one that was zero before, keeps its scale of 1.
         np.divide(wanted, left, out=scale, where=(wanted > 0) & (left > 0))
         if self.max_scale is not None:
             scale = np.minimum(scale, self.max_scale)
@@ -102,14 +106,18 @@ class _KeepNorm(Renormalizer):
 
 @registry.register
 class L1(_KeepNorm):
-    """Keep the sum of the absolute weights: `s_j = ||W_j||_1 / ||W_j M_j||_1`.
+    """Keep the sum of the absolute weights of each unit: `s_j = ||W_j||_1 / ||W_j M_j||_1`.
 
     Source: M. Rawson, Renormalized sparse neural network pruning, arXiv 2206.10088. The formula is the natural reading of
-    its abstract; the paper's own text was not at hand.
+    its abstract; the full text of the paper was not available.
 
     Args:
-        granularity: `"unit"` (as the paper) or `"layer"`.
-        max_scale: upper bound of a scale, or `None`.
+        granularity: `"unit"` (as in the paper) for one scale for each unit, `"layer"` for the same scale for all units of a
+            layer. Defaults to `"unit"`.
+        max_scale: upper bound of a scale, at least 1, or `None`. Defaults to `None`.
+
+    Raises:
+        ValueError: if `granularity` is not known, or `max_scale` is below 1.
 
     Example:
 
@@ -125,31 +133,51 @@ class L1(_KeepNorm):
 
 @registry.register
 class L2(_KeepNorm):
-    """Keep the Euclidean norm: `s_j = ||W_j||_2 / ||W_j M_j||_2`. Arguments and source as for `L1`."""
+    """Keep the Euclidean norm of the weights of each unit: `s_j = ||W_j||_2 / ||W_j M_j||_2`.
+
+    Source: as for `L1`; the Euclidean norm in place of the sum of absolute weights is the choice of this library.
+
+    Args:
+        granularity: `"unit"` for one scale for each unit, `"layer"` for the same scale for all units of a layer. Defaults to
+            `"unit"`.
+        max_scale: upper bound of a scale, at least 1, or `None`. Defaults to `None`.
+
+    Raises:
+        ValueError: if `granularity` is not known, or `max_scale` is below 1.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_renorm.renorm import L2
+    >>> before, after = np.array([[4.0], [3.0]]), np.array([[4.0], [0.0]])
+    >>> float(L2()(before, after, input_axes=(0,))[0, 0])  # 5 / 4
+    1.25
+    """
 
     power = 2
 
 
-# Which `of_masks` speaks for; a subclass may compute something else.
+# The classes whose `of_masks` equals a call; a subclass may compute something else.
 KEEP_NORM = (L1, L2)
 
 
 class CalibratedRenormalizer(Renormalizer):
-    """Base class of what looks at the data that goes through a layer (`keras_renorm.prune` with `calibration`).
+    """Base class of renormalizers that need calibration samples (`keras_renorm.prune` with `calibration`).
 
-    `compensates` says whether it can also make up for what is lost elsewhere: where the output meets others in an `Add`,
-    its targets then include what the others lack.
+    Attributes:
+        compensates: whether the renormalizer can also reduce the errors of other layers. If the output of the layer is added
+            to other outputs, its targets then include the errors of those outputs. Defaults to `False`.
     """
 
     compensates = False
 
     def __call__(self, matrix: np.ndarray, mask: np.ndarray, moments: Moments) -> np.ndarray:
-        """The new weights; the bias that goes with them is `moments.intercept(weights)`.
+        """Compute new weights. The bias that belongs to them is `moments.intercept(weights)`.
 
         Args:
-            matrix: the dense kernel, shape `(groups, inputs, units)`.
-            mask: bool of that shape; `True` = kept.
-            moments: of the layer's inputs, as they come from the pruned layers before it, and of the dense layer's outputs.
+            matrix: the dense kernel, of shape `(groups, inputs, units)`.
+            mask: bool array of that shape; `True` for weights that are kept.
+            moments: second moments of the inputs of the layer in the pruned model, and of its outputs in the dense model.
 
         Returns:
             Array of that shape, zero where the mask is `False`.
@@ -159,12 +187,12 @@ class CalibratedRenormalizer(Renormalizer):
 
 @registry.register
 class MatchMoments(CalibratedRenormalizer):
-    """Give each unit's pre-activation the mean and the standard deviation that it had: one scale a unit, and a new bias.
+    """Give the pre-activation of each unit its mean and standard deviation back, by one scale for each unit and a new bias.
 
-    Source: this library's own; beyond M. Rawson's paper, whose scales see no data.
+    Source: this library. The scales of M. Rawson (arXiv 2206.10088) do not depend on data.
 
     Args:
-        max_scale: upper bound of a scale, or `None`. It must be at least 1.
+        max_scale: upper bound of a scale, at least 1, or `None`. Defaults to `None`.
 
     Raises:
         ValueError: if `max_scale` is below 1.
@@ -177,21 +205,21 @@ class MatchMoments(CalibratedRenormalizer):
         kept = np.where(mask, matrix, 0)
         left = moments.output_power(kept)
         scale = np.ones_like(left)
-        # A unit whose survivors carry nothing has nothing to scale: its bias alone meets the mean.
+        # If the inputs of the kept weights are constant, the bias alone gives the mean.
         np.divide(moments.power, left, out=scale, where=left > 1e-9 * moments.power)
         return kept * np.minimum(np.sqrt(scale), self.max_scale or np.inf)[:, None, :]
 
 
 @registry.register
 class LeastSquares(CalibratedRenormalizer):
-    """Refit the survivors: least squares of the dense unit's pre-activation on the kept inputs, with intercept.
+    """Fit the kept weights by least squares: the pre-activation of the dense unit from the kept inputs, with intercept.
 
-    Source: least squares on second moments as in SparseGPT (arXiv 2301.00774) and ALPS (arXiv 2406.07831); that the inputs come
-    from the pruned layers before and the targets from the dense model is this library's own.
+    Source: least squares on second moments as in SparseGPT (arXiv 2301.00774) and ALPS (arXiv 2406.07831). Deviation: the inputs
+    are those of the pruned model, the targets those of the dense model.
 
     Args:
-        ridge: strength of the pull toward the old weights, as a share of the inputs' mean second moment. It keeps the fit
-            finite where there are fewer samples than inputs.
+        ridge: strength of the ridge penalty on the change of the weights, as a share of the mean second moment of the inputs.
+            It keeps the fit finite if there are fewer samples than inputs. Defaults to 0.01.
 
     Raises:
         ValueError: if `ridge` is not positive.
@@ -213,18 +241,25 @@ KNOWN = names.resolve(names.RENORMALIZERS | names.CALIBRATED_RENORMALIZERS)
 
 
 def get(identifier: Any, group: str = "layer", calibrated: bool = False) -> Any:
-    """The renormalizer that a name, an instance or a config stands for.
+    """Get a renormalizer by its name, from an instance, or from a config.
 
     Args:
-        identifier: `None` for plain pruning, `"auto"`, a name, an instance, a config, or a callable.
-        group: which weights compete; `"auto"` depends on it.
-        calibrated: whether there are calibration samples; `"auto"` depends on that too.
+        identifier: `None` for plain pruning, `"auto"`, `"l1"`, `"l2"`, `"moments"`, `"lstsq"`, a `Renormalizer`, its config, or a
+            callable. `"auto"` is `LeastSquares` with calibration samples, else `L2`.
+        group: which weights compete: `"layer"` or `"unit"`. `"auto"` depends on it. Defaults to `"layer"`.
+        calibrated: whether there are calibration samples. Defaults to `False`.
 
     Returns:
-        A callable `(before, after, input_axes) -> scales` or, if it needs samples, a `CalibratedRenormalizer`; or `None`.
+        A callable `(before, after, input_axes) -> scales`, a `CalibratedRenormalizer`, or `None`.
 
     Raises:
-        ValueError: if it is not known, or needs samples that are not there.
+        ValueError: if `identifier` is not known, or needs calibration samples and there are none.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.renorm.get("l2")
+    L2(granularity='unit', max_scale=None)
     """
     if identifier is None:
         return None

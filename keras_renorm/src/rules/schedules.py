@@ -1,7 +1,7 @@
-"""When to prune, and how much: `schedule(step) -> (should_prune, sparsity)`.
+"""Pruning schedules: when to prune, and how much, as `schedule(step) -> (should_prune, sparsity)`.
 
-Names, arguments and numbers are those of tfmot (`tensorflow_model_optimization.sparsity.keras`), whose own schedules are
-accepted wherever a schedule is. Step `s` is the moment when `s` batches have been trained.
+Names, arguments and numbers are those of tfmot (`tensorflow_model_optimization.sparsity.keras`). The schedules of tfmot
+themselves are accepted wherever a schedule is. The step is the number of batches that have been trained.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _TFMOT = "tensorflow_model_optimization"
 
 
 class PruningSchedule(registry.Configurable):
-    """Base class of schedules; a subclass implements `sparsity_at`.
+    """Base class of schedules. A subclass implements `sparsity_at`.
 
     Args:
-        begin_step: first step at which to prune.
-        end_step: last step at which to prune; -1 means until training ends.
-        frequency: prune at every `frequency`-th step from `begin_step` on.
+        begin_step: the first step at which to prune.
+        end_step: the last step at which to prune; -1 to prune until training ends.
+        frequency: number of steps from one pruning event to the next.
     """
 
     def __init__(self, begin_step: int, end_step: int, frequency: int):
@@ -41,24 +41,28 @@ class PruningSchedule(registry.Configurable):
         self.begin_step, self.end_step, self.frequency = int(begin_step), int(end_step), int(frequency)
 
     def __call__(self, step: int) -> tuple[bool, float]:
-        """Whether to prune at this step, and the sparsity to prune to."""
+        """Whether to prune at this step, and the sparsity to prune to, as `(should_prune, sparsity)`."""
         step = int(step)
         in_range = self.begin_step <= step and (self.end_step < 0 or step <= self.end_step)
         return in_range and (step - self.begin_step) % self.frequency == 0, self.sparsity_at(step)
 
     def sparsity_at(self, step: int) -> float:
+        """The sparsity at a step, in [0, 1)."""
         raise NotImplementedError
 
 
 @registry.register
 class ConstantSparsity(PruningSchedule):
-    """The same sparsity at every event.
+    """The same sparsity at every pruning event.
 
     Args:
         target_sparsity: fraction of the weights to remove, in [0, 1).
-        begin_step: first step at which to prune.
-        end_step: last step at which to prune; -1 (default) means until training ends.
-        frequency: prune at every `frequency`-th step.
+        begin_step: the first step at which to prune.
+        end_step: the last step at which to prune; -1 to prune until training ends. Defaults to -1.
+        frequency: number of steps from one pruning event to the next. Defaults to 100.
+
+    Raises:
+        ValueError: if an argument is out of its range.
 
     Example:
 
@@ -81,19 +85,24 @@ class ConstantSparsity(PruningSchedule):
 
 @registry.register
 class PolynomialDecay(PruningSchedule):
-    """Sparsity that rises fast at first and slowly at the end.
+    """A sparsity that rises fast at first and slowly at the end.
 
-    `final + (initial - final) * (1 - (step - begin) / (end - begin)) ** power`, as in M. Zhu and S. Gupta, To prune, or not
-    to prune, arXiv 1710.01878, section 3.
+    The sparsity is `final + (initial - final) * (1 - (step - begin) / (end - begin)) ** power`.
+
+    Source: M. Zhu and S. Gupta, To prune, or not to prune, arXiv 1710.01878, section 3.
 
     Args:
-        initial_sparsity: sparsity at `begin_step`.
-        final_sparsity: sparsity at `end_step`.
-        begin_step: first step at which to prune.
-        end_step: last step at which to prune.
-        power: exponent.
-        frequency: prune at every `frequency`-th step. As in tfmot, `end_step` itself is an event only if it falls on one;
-            choose `end_step - begin_step` a multiple of `frequency` to reach `final_sparsity` exactly.
+        initial_sparsity: sparsity at `begin_step`, in [0, 1).
+        final_sparsity: sparsity at `end_step`, in [0, 1).
+        begin_step: the first step at which to prune.
+        end_step: the last step at which to prune.
+        power: exponent of the polynomial. Defaults to 3.
+        frequency: number of steps from one pruning event to the next. As in tfmot, there is an event at `end_step` only if
+            `end_step - begin_step` is a multiple of `frequency`: choose a multiple to reach `final_sparsity` exactly. Defaults
+            to 100.
+
+    Raises:
+        ValueError: if an argument is out of its range.
 
     Example:
 
@@ -131,14 +140,15 @@ class PolynomialDecay(PruningSchedule):
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What a schedule asks for in the end, and when.
+    """The final sparsity of a schedule, and when it is reached.
 
     Args:
-        sparsity: what is to be there in the end.
-        last_event: the step of the event that raises the sparsity for the last time.
-        sparsity_at_last_event: what that event prunes to, less than `sparsity` if `end_step` is not an event.
-        end_step: the step for which the schedule names `sparsity`.
-        began: the step at which the training began that follows the schedule; -1 before the first.
+        sparsity: the sparsity at `end_step`.
+        last_event: the step of the last pruning event that raises the sparsity.
+        sparsity_at_last_event: the sparsity that this event prunes to. It is less than `sparsity` if there is no event at
+            `end_step`.
+        end_step: the step at which the schedule reaches `sparsity`.
+        began: the step at which the training that follows the schedule began; -1 before the first training.
     """
 
     sparsity: float
@@ -149,13 +159,13 @@ class Goal:
 
 
 def goal_of(schedule: Any, began: int = -1) -> Goal | None:
-    """The goal of a schedule; `None` for one that does not say where it ends."""
+    """The goal of a schedule; `None` for a schedule that does not say where it ends."""
     constant = isinstance(schedule, ConstantSparsity)
     if not isinstance(schedule, PruningSchedule) or (schedule.end_step < 0 and not constant):
         return None
     begin, end, every = schedule.begin_step, schedule.end_step, schedule.frequency
     if constant:
-        # Any event does: the first of this training, if there is one.
+        # Every event prunes to the same sparsity, so the first event of this training is enough.
         first = begin + max(0, (began - begin) // every + 1) * every
         end = last = first if end < 0 or first <= end else end - (end - begin) % every
     else:
@@ -167,13 +177,25 @@ _OWN = {cls.__name__: cls for cls in (ConstantSparsity, PolynomialDecay)}
 
 
 def get(identifier: Any) -> Callable[[int], tuple[bool, float]] | None:
-    """The schedule that an instance, a config or a callable stands for.
+    """Get a schedule from an instance, a config or a callable.
 
-    tfmot's `ConstantSparsity` and `PolynomialDecay` become the classes of the same names here (equal arguments, equal
-    numbers), so that a saved model needs no tfmot; other schedules of tfmot's kind are kept as they are.
+    The `ConstantSparsity` and `PolynomialDecay` of tfmot become the classes of the same names here, with equal arguments and
+    numbers, so that a saved model does not need tfmot. Other schedules of tfmot are kept as they are.
+
+    Args:
+        identifier: a schedule of this library or of tfmot, a config, a callable `step -> (should_prune, sparsity)`, or `None`.
+
+    Returns:
+        A callable `step -> (should_prune, sparsity)`, or `None`.
 
     Raises:
-        ValueError: if it is none of these, or does not answer with `(should_prune, sparsity)`.
+        ValueError: if `identifier` is none of these, or does not return `(should_prune, sparsity)`.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.schedules.get(lambda step: (step == 100, 0.5))(100)
+    (True, 0.5)
     """
     if identifier is None or isinstance(identifier, PruningSchedule):
         return identifier
@@ -193,7 +215,7 @@ def get(identifier: Any) -> Callable[[int], tuple[bool, float]] | None:
 
 
 def evaluate(schedule: Callable, step: int) -> tuple[bool, float]:
-    """What a schedule says at a step, as Python values, whatever tensors it answers with."""
+    """The answer of a schedule at a step, as Python values: schedules of tfmot return tensors."""
     try:
         should_prune, sparsity = schedule(step)
         return bool(should_prune), validation.check_sparsity(float(sparsity))
@@ -205,7 +227,7 @@ def evaluate(schedule: Callable, step: int) -> tuple[bool, float]:
 
 
 def serialize(schedule: Any) -> dict | None:
-    """The config of a schedule. tfmot's kind nests `{"class_name", "config"}`, which Keras cannot read by itself."""
+    """The config of a schedule. The nested `{"class_name", "config"}` of tfmot is wrapped, as Keras cannot read it."""
     if schedule is None:
         return None
     config = schedule.get_config() if hasattr(schedule, "get_config") else None
@@ -240,7 +262,7 @@ def _deserialize(config: dict) -> Any:
 
 
 def _import_quietly(module: str) -> Any:
-    """Import from tfmot without its side effect: it sets TF_USE_LEGACY_KERAS, which turns `tf.keras` into Keras 2."""
+    """Import a module of tfmot without its side effect: tfmot sets TF_USE_LEGACY_KERAS, which turns `tf.keras` into Keras 2."""
     before = os.environ.get("TF_USE_LEGACY_KERAS")
     _keep_tf_keras()
     try:
@@ -253,7 +275,7 @@ def _import_quietly(module: str) -> Any:
 
 
 def _keep_tf_keras() -> None:
-    """Let TensorFlow decide now what `tf.keras` is, so that importing tfmot later does not turn it into Keras 2."""
+    """Make TensorFlow load `tf.keras` as Keras 3 before tfmot is imported."""
     if keras.backend.backend() == "tensorflow" and "TF_USE_LEGACY_KERAS" not in os.environ:
         import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""What gives every weight a score shaped like its kernel; larger = keep.
+"""Criteria: a criterion gives every weight a score (its saliency), and the highest scores are kept.
 
 A new criterion is one file beside this one and one row of `core/names.py`.
 """
@@ -14,14 +14,24 @@ KNOWN = names.resolve(names.CRITERIA | names.CALIBRATED_CRITERIA)
 
 
 def get(identifier: Any, calibrated: bool = False) -> Any:
-    """The criterion that a name, an instance, a config or a callable `kernel -> scores` stands for.
+    """Get a criterion by its name, from an instance, a config, or a callable `kernel -> scores`.
 
     Args:
-        identifier: what the user passed; `"auto"` is `"admm"` with calibration samples, else `"magnitude"`.
-        calibrated: whether there are calibration samples.
+        identifier: the name of a criterion, a `Criterion`, its config, or a callable. `"auto"` is `"admm"` with calibration
+            samples, else `"magnitude"`.
+        calibrated: whether there are calibration samples. Defaults to `False`.
+
+    Returns:
+        A `Criterion`, or the callable.
 
     Raises:
-        ValueError: if it is not known, or needs samples that are not there.
+        ValueError: if `identifier` is not known, or needs calibration samples and there are none.
+
+    Example:
+
+    >>> import keras_renorm as kr
+    >>> kr.criteria.get("magnitude")
+    Magnitude()
     """
     if isinstance(identifier, str) and identifier == "auto":
         identifier = "admm" if calibrated else "magnitude"

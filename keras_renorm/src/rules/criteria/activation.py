@@ -10,8 +10,8 @@ from keras_renorm.src.rules.criteria.base import CalibratedCriterion
 class Activation(CalibratedCriterion):
     """The absolute value of the weight times the norm of its input: `|w_ij| ||x_i||`.
 
-    Needs calibration samples. What an input does when it is constant can move into the bias, so the norm is taken about the
-    mean where the layer has a bias.
+    Needs calibration samples. If the layer has a bias, the norm is that of the input less its mean, since the bias can take
+    over the mean.
 
     Source: M. Sun and others, A simple and effective pruning approach for large language models (Wanda), arXiv 2306.11695.
 

@@ -9,22 +9,24 @@ from keras_renorm.src.rules.criteria.base import CalibratedCriterion
 
 @registry.register
 class Activity(CalibratedCriterion):
-    """How much a connection carries: the mean of `|x_i w_ij|` over the samples.
+    """The activity of a connection: the mean of `|x_i w_ij|` over the samples.
 
-    In a convolution the connection from an input channel to a filter is a slice of the kernel, whose weights live and die
-    together. It scores the Frobenius norm, over output positions, of the mean of `|x|` correlated with `|w|`.
+    In a convolution a connection leads from an input channel to a filter: it is a slice of the kernel, whose weights are kept
+    or removed together. Its score is the Frobenius norm, over the output positions, of the mean of `|x|` correlated with `|w|`.
 
-    With a `share` it chooses the count itself: every unit keeps the smallest set of connections, those that carry most first,
-    whose scores reach that share of the unit's total; the bias counts as one more connection, and always stays. A connection
-    that carries nothing goes.
+    With a `share` the criterion chooses the sparsity itself. Each unit keeps the smallest set of connections whose scores reach
+    that share of the total of the unit, highest scores first. The bias counts as one more connection and is always kept. A
+    connection with a score of zero is removed.
 
-    Needs calibration samples. Scores take one pass of the samples through the network, and memory for the inputs of one sample.
+    Needs calibration samples. Scores take one pass of the samples through the network, and memory for the inputs of one
+    sample.
 
     Source: A. Dekhovich and others, Neural network relief: a pruning algorithm based on neural activity, arXiv 2109.10795,
     sections 3.1 and 3.2. There a bias outside the smallest set is removed, too.
 
     Args:
-        share: in (0, 1], or `None` to keep what scores highest up to a sparsity, as other criteria do.
+        share: share of the total score of a unit to keep, in (0, 1]; or `None` to keep the highest scores up to the sparsity
+            that is asked for, as other criteria do. Defaults to `None`.
 
     Raises:
         ValueError: if `share` is outside (0, 1].
@@ -58,13 +60,13 @@ class Activity(CalibratedCriterion):
         return self._spread(kept[:, :-1], matrix.shape)
 
     def _spread(self, slices, shape):
-        """From one number a slice, shape `(groups, channels, units)`, to one a weight."""
+        """Repeat the number of each slice, of shape `(groups, channels, units)`, for all its weights."""
         taps = shape[1] // slices.shape[1]
         return np.broadcast_to(slices[:, None], (shape[0], taps, *slices.shape[1:])).reshape(shape)
 
 
 def _slice_scores(matrix: np.ndarray, statistics: InputSizes) -> np.ndarray:
-    """The score of each slice, shape `(groups, channels, units)`."""
+    """The score of each slice, of shape `(groups, channels, units)`."""
     groups, inputs, units = matrix.shape
     taps = statistics.taps
     # The square of the norm over positions is a quadratic form of the slice's weights.
@@ -74,14 +76,14 @@ def _slice_scores(matrix: np.ndarray, statistics: InputSizes) -> np.ndarray:
 
 
 def keep_share(scores: np.ndarray, share: float) -> np.ndarray:
-    """The smallest sets, largest scores first, that reach a share of the total along the axis before the last.
+    """The smallest sets of scores, largest first, that reach a share of the total along the axis before the last.
 
     Args:
         scores: array of shape `(..., connections, units)`, not negative.
         share: in (0, 1].
 
     Returns:
-        Array of bool of the same shape. Of equal scores the one with the lower index goes first; scores of zero never do.
+        Bool array of the same shape. Of equal scores the one with the lower index is taken first; zeros are never taken.
     """
     order = np.argsort(-scores, axis=-2, kind="stable")
     ordered = np.take_along_axis(scores, order, axis=-2)

@@ -8,7 +8,7 @@ from keras_renorm.src.rules.criteria.base import Criterion
 
 @registry.register
 class Magnitude(Criterion):
-    """The absolute value of the weight (default): `|w|`.
+    """Magnitude pruning: the score is the absolute value of the weight, `|w|`.
 
     Example:
 

@@ -8,15 +8,22 @@ from keras_renorm.src.rules.criteria.base import CalibratedCriterion
 
 @registry.register
 class OBS(CalibratedCriterion):
-    """What removing the weight costs after all others have made up for it: `w_ij^2 / [H^-1]_ii`, `H` the inputs' moments.
+    """Optimal Brain Surgeon: the error of removing a weight if all others adapt, `w_ij^2 / [H^-1]_ii`.
 
-    Needs calibration samples.
+    `H` is the matrix of second moments of the inputs. Needs calibration samples.
 
     Source: B. Hassibi and D. Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; E. Frantar
     and D. Alistarh, SparseGPT, arXiv 2301.00774.
 
     Args:
-        ridge: share of the inputs' mean second moment that is added to each input's own before inverting.
+        ridge: what is added to the diagonal of `H` before it is inverted, as a share of its mean. Defaults to 0.01.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> samples = np.random.default_rng(0).standard_normal((64, 8))
+    >>> pruned = kr.prune(model, sparsity=0.5, criterion="obs", calibration=samples, verbose=0)
     """
 
     def __init__(self, ridge: float = 0.01):

@@ -8,10 +8,10 @@ from keras_renorm.src.rules.criteria.base import Criterion
 
 @registry.register
 class Random(Criterion):
-    """A random number for every weight: the baseline that every other criterion has to beat.
+    """A random score for every weight: the baseline for other criteria.
 
     Args:
-        seed: integer. The sequence of calls on one instance is the same for the same seed.
+        seed: integer. Instances with the same seed give the same sequence of scores. Defaults to 0.
 
     Example:
 
