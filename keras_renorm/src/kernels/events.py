@@ -1,4 +1,4 @@
-"""One event: score, mask and renormalize one kernel."""
+"""One pruning event for one kernel: score, mask and renormalize it."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def prune_kernel(
     read: np.ndarray | None = None,
     description: str = "The kernel",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mask and the scales that a kernel gets.
+    """Compute the new mask and the new scales of a kernel.
 
     Args:
-        kernel: array, hidden values of masked weights included.
+        kernel: array, with the values of removed weights.
         sparsity: fraction of the weights to remove, in [0, 1).
         criterion: callable `kernel -> scores`.
-        pattern: which weights live and die together.
-        group: `"layer"` or `"unit"`.
+        pattern: which weights are removed together.
+        group: which weights compete with each other: `"layer"` or `"unit"`.
         renormalize: callable `(before, after, input_axes) -> scales`, or `None`.
         input_axes: axes that run over the inputs of one unit.
-        mask: the mask until now; `None` for none.
-        scale: the scales until now, broadcasting against the kernel.
-        regrow: whether a weight that `mask` removes may come back.
-        read: bool for each unit, along the last axis: the weights of units that nothing reads go first. `None` if all
-            are read.
-        description: the kernel's name in error messages.
+        mask: the mask until now. Defaults to `None`: no weight is removed.
+        scale: the scales until now, which broadcast against the kernel. Defaults to 1.
+        regrow: whether a weight that `mask` removes may come back. Defaults to `False`.
+        read: bool for each unit, along the last axis: the weights of units that no layer reads are removed first. Defaults to
+            `None`: all units are read.
+        description: name of the kernel in error messages.
 
     Returns:
-        The new mask (bool, shaped like `kernel`) and the new scales (broadcasting against it).
+        The new mask (bool, of the shape of `kernel`) and the new scales (which broadcast against it).
 
     Raises:
         ValueError: if a kept weight is NaN or infinite.
@@ -73,12 +73,12 @@ def prune_kernel(
 
 
 def in_float(kernel: np.ndarray) -> np.ndarray:
-    """The kernel in a precision to compute with: norms of half-precision kernels overflow, underflow and stall."""
+    """The kernel in single precision or more: norms of half-precision kernels overflow, underflow and stagnate."""
     return kernel if kernel.dtype in (np.float32, np.float64) else kernel.astype(np.float32)
 
 
 def effective(kernel: np.ndarray, mask: np.ndarray | None, scale: Any, description: str = "The kernel") -> np.ndarray:
-    """What a layer computes with: the kernel masked and scaled.
+    """The effective kernel, with which the layer computes: masked and scaled.
 
     Raises:
         ValueError: if a kept weight is NaN or infinite.
@@ -99,13 +99,13 @@ def new_scale(
     renormalize: Callable | None,
     input_axes: tuple[int, ...],
 ) -> Any:
-    """The scales that go with a new mask.
+    """Compute the scales that belong to a new mask.
 
     Args:
-        kernel: array, as `in_float` gives it, finite where one of the masks is set.
-        mask: the mask until now; `None` for none.
-        new_mask: the one from now on.
-        scale: the scales until now, broadcasting against the kernel.
+        kernel: array that `in_float` returned, finite where one of the masks is set.
+        mask: the mask until now; `None` if no weight is removed.
+        new_mask: the new mask.
+        scale: the scales until now, which broadcast against the kernel.
         renormalize: callable `(before, after, input_axes) -> scales`, or `None`.
         input_axes: axes that run over the inputs of one unit.
     """

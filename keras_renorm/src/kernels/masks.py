@@ -1,4 +1,4 @@
-"""Scores, a sparsity and a pattern make a mask: the exact count, ties broken by index."""
+"""Masks from scores, a sparsity and a pattern. Counts are exact, and ties are broken by index."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ def compute_mask(
     mask: np.ndarray | None = None,
     read: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Keep the cells with the highest scores.
+    """Compute the mask that keeps the cells with the highest scores.
 
-    `round(sparsity * cells)` cells are removed, out of the whole kernel or, with `group="unit"`, out of each unit. Of equal
-    scores the one with the lower index (inputs first, units last) stays. With `group="layer"` a unit that something reads
-    does not lose its last cell while there are enough for all such units: a network whose units are cut off from its inputs
-    cannot learn. Costs about 2 ns a weight.
+    `round(sparsity * cells)` cells are removed: of the whole kernel or, with `group="unit"`, of each unit. Of equal scores the
+    one with the lower index (inputs first, units last) is kept. With `group="layer"` no unit that a later layer reads loses its
+    last cell, as long as there are enough cells for all such units: a network whose units have no inputs cannot learn. It takes
+    about 2 ns for each weight.
 
     Args:
-        scores: array shaped like the kernel; larger = keep.
+        scores: array of the shape of the kernel. The highest scores are kept.
         sparsity: fraction of the cells to remove, in [0, 1).
-        pattern: name or instance of a pattern; with single weights, a cell is a weight.
-        group: `"layer"` or `"unit"`: which cells compete with each other.
-        input_axes: axes of the kernel that run over the inputs of one unit; all but the last by default.
-        mask: what was left before, bool, shaped like `scores`: what is gone stays gone and counts as removed.
-        read: bool for each unit, whether anything reads it: the cells of the others go first.
+        pattern: name or instance of a pattern. Defaults to `"unstructured"`, where a cell is one weight.
+        group: which cells compete with each other: `"layer"` or `"unit"`. Defaults to `"layer"`.
+        input_axes: axes of the kernel that run over the inputs of one unit. Defaults to all axes but the last.
+        mask: bool array of the shape of `scores`, the mask until now. Removed weights stay removed, and count. Defaults to
+            `None`.
+        read: bool for each unit, whether a later layer reads it. The cells of other units are removed first. Defaults to
+            `None`: all units are read.
 
     Returns:
-        Array of bool, shaped like `scores`; `True` = kept.
+        Bool array of the shape of `scores`; `True` for weights that are kept.
 
     Raises:
         ValueError: if the sparsity is outside [0, 1) or not possible with the pattern, or if a score is NaN.
@@ -80,16 +82,16 @@ def compute_mask(
 def best_cells(
     cells: np.ndarray | StreamedScores, sparsity: float, left: np.ndarray | None = None, read: np.ndarray | None = None
 ) -> np.ndarray:
-    """Which cells stay if all compete with each other, as `compute_mask` has it.
+    """The cells to keep if all cells compete with each other, as in `compute_mask`.
 
     Args:
-        cells: their scores, a matrix with units last; `inf` for cells that always stay.
+        cells: scores of the cells, a matrix with units last; `inf` for cells that are always kept.
         sparsity: fraction of the cells to remove, in [0, 1).
-        left: which were left before, bool; `None` for all.
-        read: bool for each column, whether anything reads it; `None` if all are read.
+        left: bool array of the cells that were kept until now. Defaults to `None`: all.
+        read: bool for each column, whether a later layer reads it. Defaults to `None`: all are read.
 
     Returns:
-        New array of bool, shaped like `cells`.
+        New bool array of the shape of `cells`.
     """
     count = round(sparsity * cells.size)
     idle = None if read is None or read.all() else ~read
@@ -109,7 +111,7 @@ def removes_enough(
     group: str = "layer",
     input_axes: tuple[int, ...] | None = None,
 ) -> bool:
-    """Whether a mask removes all that `compute_mask` would remove at a sparsity."""
+    """Whether a mask removes at least as many cells as `compute_mask` would at this sparsity."""
     axes, shape = _inputs_then_units(mask.shape, input_axes)
     left = pattern.any(mask.transpose(axes).reshape(shape))
     if group == "unit":
@@ -118,7 +120,7 @@ def removes_enough(
 
 
 def _inputs_then_units(shape, input_axes):
-    """How to transpose a kernel to inputs first, and its shape then, with all axes of units made one."""
+    """The transposition that puts the inputs of a kernel first, and its shape then, with all axes of units made one."""
     rank = len(shape)
     inputs = tuple(range(rank - 1)) if input_axes is None else tuple(axis % rank for axis in input_axes)
     units = tuple(axis for axis in range(rank) if axis not in inputs)
@@ -130,7 +132,7 @@ def _inputs_then_units(shape, input_axes):
 def _last_of_units(
     cells: np.ndarray | StreamedScores, kept: np.ndarray, left: np.ndarray | None, idle: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where the best cells of columns are that lose all, or might if these are spared; `None` if there is nothing to spare."""
+    """The places of the best cells of columns that lose all cells, or could if these are kept; `None` if there are none."""
     lost = ~kept.any(axis=0)
     candidates = np.ones(len(lost), bool) if left is None else left.any(axis=0)
     if idle is not None:
@@ -156,7 +158,7 @@ def _scores_of(cells: np.ndarray | StreamedScores, columns: np.ndarray) -> np.nd
 
 
 def _worst(cells: np.ndarray | StreamedScores, left: np.ndarray | None) -> float:
-    """The lowest score of all, where what is gone counts as zero."""
+    """The lowest score, where removed cells count as zero."""
     blocks = ((cells[rows], rows) for rows in row_blocks(*cells.shape))
     return min((block if left is None else arrays.masked(block, left[rows])).min() for block, rows in blocks)
 
@@ -164,9 +166,10 @@ def _worst(cells: np.ndarray | StreamedScores, left: np.ndarray | None) -> float
 def _without_lowest(
     cells: np.ndarray | StreamedScores, count: int, left: np.ndarray | None, idle: np.ndarray | None
 ) -> np.ndarray:
-    """Mark all but `count` cells: first go those gone before, then those of idle columns, then the lowest.
+    """Mark all but `count` cells: cells that were removed before are left out first, then cells of idle columns, then the
+    lowest.
 
-    Of equal ones the last goes. Cells of `inf` stay, unless they were gone before.
+    Of equal scores the last is left out. Cells of `inf` are marked, unless they were removed before.
     """
     if left is not None:
         count -= left.size - np.count_nonzero(left)
@@ -186,7 +189,7 @@ def _without_lowest(
 
 
 def _without_lowest_of(cells: np.ndarray | StreamedScores, count: int, left: np.ndarray | None) -> np.ndarray:
-    """Mark the cells in `left` (`None`: all) but for the `count` lowest of them, of equal ones the last; `inf` always stays."""
+    """Mark the cells in `left` (`None`: all) except the `count` lowest, of equal ones the last. Cells of `inf` are marked."""
     if count <= 0:
         return np.ones(cells.shape, bool) if left is None else left.copy()
     count_left = cells.size if left is None else np.count_nonzero(left)
@@ -215,7 +218,7 @@ def _split(
     """Mark the cells in `left` (`None`: all) that score at least `low`, and list those of them that score at most `high`.
 
     Returns:
-        The marks, shaped like `cells`, and the places (numbered row by row) and scores of those listed, without `inf`.
+        The marks, of the shape of `cells`, and the places (numbered row by row) and scores of the listed cells, without `inf`.
     """
     kept = np.empty(cells.shape, bool)
     places, scores = [], []
@@ -231,15 +234,16 @@ def _split(
 
 
 def _bracket(cells: np.ndarray | StreamedScores, share: float, left: np.ndarray | None) -> tuple[float, float]:
-    """Two values between which most likely lies the one that a share of the cells in `left` is below."""
+    """Two values that most likely enclose the quantile `share` of the scores of the cells in `left`."""
     places = np.random.default_rng(0).integers(cells.size, size=min(25_000, cells.size // 25))
     return arrays.bracket(cells.take(places if left is None else places[left.take(places)]), share)
 
 
 def _best_of_columns(cells: np.ndarray, count: int, left: np.ndarray | None) -> np.ndarray:
-    """Mark all but `count` cells of each column: first go those gone before, then the lowest, of equal ones the last.
+    """Mark all but `count` cells of each column: cells that were removed before are left out first, then the lowest, of equal
+    ones the last.
 
-    Cells of `inf` stay.
+    Cells of `inf` are marked.
     """
     if count == 0:
         return np.ones(cells.shape, bool)

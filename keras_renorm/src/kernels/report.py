@@ -1,4 +1,4 @@
-"""What one-shot pruning did to each kernel, as data and as a table."""
+"""The report of one-shot pruning: what happened to each kernel, as data and as a table."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ class LayerReport:
 
     Args:
         layer: name of the layer.
-        kernel: path of the kernel below that layer.
-        weights: how many there are.
-        kept: how many are left.
-        criterion: what chose them, or `"-"` for a layer that was only refitted because pruned ones come before it.
-        renormalize: what was done to those left.
-        scale: the smallest and the largest factor, over the units, by which the norm of what is left grew.
-        error_before: mean squared distance of the layer's outputs from the dense ones, as a share of their variance, with
-            plain pruning of this layer and everything before it pruned and renormalized; `None` without samples.
-        error_after: the same after renormalization.
-        plain_units: how many units keep their plain weights, as what the fit gave them was worse or absurdly large.
+        kernel: path of the kernel below the layer.
+        weights: number of weights.
+        kept: number of weights that are kept.
+        criterion: criterion that chose the weights; `"-"` for a layer that was not pruned but fitted, since pruned layers come
+            before it.
+        renormalize: renormalizer that changed the kept weights.
+        scale: the smallest and the largest factor, over the units, by which the norm of the kept weights grew.
+        error_before: mean squared error of the outputs of the layer after plain pruning, as a share of their variance, with the
+            layers before it pruned and renormalized; `None` without calibration samples.
+        error_after: the same error after renormalization.
+        plain_units: number of units that keep their plain weights, because the fitted weights were worse or extremely large.
     """
 
     layer: str
@@ -46,14 +47,14 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class PruningReport:
-    """What `keras_renorm.prune` did. Printing it shows a table; `rows` are the data.
+    """The report of `keras_renorm.prune`. Print it for a table; `rows` are the data.
 
     Args:
-        rows: one a kernel.
-        error: mean squared distance of the model's outputs from the dense ones over the samples, as a share of their variance;
-            `None` without samples that were fitted to.
-        plain_error: the same for plain pruning (`renormalize=None`).
-        notes: sentences about what did not go as asked.
+        rows: a `LayerReport` for each kernel.
+        error: mean squared error of the outputs of the model on the calibration samples, as a share of their variance; `None`
+            if nothing was fitted to samples.
+        plain_error: the same error after plain pruning (`renormalize=None`).
+        notes: sentences on what was not done as asked.
     """
 
     rows: tuple[LayerReport, ...]
@@ -63,17 +64,17 @@ class PruningReport:
 
     @property
     def weights(self) -> int:
-        """How many weights the kernels have that were pruned."""
+        """Number of weights of the pruned kernels."""
         return sum(row.weights for row in self.rows if row.criterion != "-")
 
     @property
     def kept(self) -> int:
-        """How many of them are left."""
+        """Number of their weights that are kept."""
         return sum(row.kept for row in self.rows if row.criterion != "-")
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros over the kernels that were pruned."""
+        """Fraction of zeros in the pruned kernels."""
         return 1 - self.kept / self.weights
 
     def __str__(self) -> str:
@@ -104,12 +105,12 @@ class PruningReport:
 
 
 def describe(rule: Any) -> str:
-    """A criterion or renormalizer in a table."""
+    """The name of a criterion or a renormalizer in a table."""
     return "none" if rule is None else getattr(rule, "__name__", None) or type(rule).__name__
 
 
 def growth(kept: np.ndarray, fitted: np.ndarray, axis: int | tuple[int, ...]) -> tuple[float, float]:
-    """The smallest and the largest factor by which the norm of a unit's survivors grew; `axis` runs over its inputs."""
+    """The smallest and the largest factor by which the norm of the kept weights of a unit grew; `axis` runs over its inputs."""
     before, after = (np.sqrt(np.sum(np.square(part), axis=axis)) for part in (kept, fitted))
     factors = after[before > 0] / before[before > 0]
     return (float(factors.min()), float(factors.max())) if factors.size else (1.0, 1.0)

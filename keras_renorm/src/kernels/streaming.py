@@ -1,4 +1,4 @@
-"""Scores of single weights that are computed where they are asked for, without an array of the size of the kernel."""
+"""Scores of single weights, computed on demand without an array of the size of the kernel."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from keras_renorm.src.core.arrays import is_finite, masked
 
 
 class StreamedScores:
-    """The scores of a kernel's weights, as a matrix with units last, by a criterion that looks at each weight alone.
+    """The scores of the weights of a kernel, as a matrix with units last, by an elementwise criterion.
 
-    Like an array it has a `shape` and a `size`, is sliced by rows, and gives single scores with `take`.
+    Like an array it has a `shape` and a `size`, is sliced by rows, and returns single scores with `take`.
 
     Args:
-        kernel: array of floats with units last.
-        mask: what is left of it, bool; `None` for all. The others have scores, too, without meaning.
-        scale: the scales, broadcasting against the kernel and the same for all weights of a unit.
+        kernel: float array with units last.
+        mask: bool array of the weights that are kept; `None` for all. The scores of the other weights have no meaning.
+        scale: the scales, which broadcast against the kernel and are the same for all weights of a unit.
         criterion: callable `kernel -> scores`.
-        description: the kernel's name in error messages.
+        description: name of the kernel in error messages.
     """
 
     def __init__(self, kernel: np.ndarray, mask: np.ndarray | None, scale: Any, criterion: Callable, description: str):
@@ -47,6 +47,6 @@ class StreamedScores:
         return scores
 
     def take(self, places: np.ndarray) -> np.ndarray:
-        """The scores of weights that are numbered row by row."""
+        """The scores of weights by their numbers, row by row."""
         kernel = self._kernel.take(places)
         return self._criterion(kernel if self._scale is None else kernel * self._scale.take(places % self.shape[1]))

@@ -1,3 +1,5 @@
+"""The prunable 2D convolution."""
+
 from __future__ import annotations
 
 import keras
@@ -12,11 +14,11 @@ from keras_renorm.src.layers.prunable import PrunableLayer, drop_in
 class PrunableConv2D(PlainSubclass, PrunableLayer, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with a mask over its kernel and a renormalizing scale for each filter.
 
-    Takes every argument of `keras.layers.Conv2D` in its order, and by keyword the pruning arguments that
-    `PrunableDense` describes.
+    Takes every argument of `keras.layers.Conv2D` in its order, and the pruning arguments of
+    `keras_renorm.layers.PrunableDense` by keyword.
 
     Attributes:
-        mask: bool variable of shape `(height, width, channels // groups, filters)`, `True` = kept.
+        mask: bool variable of shape `(height, width, channels // groups, filters)`; `True` for weights that are kept.
         scale: float variable of shape `(filters,)`.
 
     Example:

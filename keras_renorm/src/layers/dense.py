@@ -1,3 +1,5 @@
+"""The prunable dense layer."""
+
 from __future__ import annotations
 
 import keras
@@ -17,16 +19,19 @@ class PrunableDense(PlainSubclass, PrunableLayer, keras.layers.Dense):
     order, and the pruning arguments below by keyword.
 
     Args:
-        pruning_schedule: when to prune and how much: a schedule of `keras_renorm.schedules` or of tfmot, or `None` to
-            leave it to the callback.
-        criterion: what scores the weights, `"magnitude"` by default.
-        pattern: which weights live and die together, `"unstructured"` by default.
-        group: `"layer"` (default) or `"unit"`: which weights compete with each other.
-        renormalize: `"auto"`, `"l1"`, `"l2"`, an instance of `keras_renorm.renorm.L1` or `L2`, or `None`.
-        regrow: whether a removed weight may come back at a later event.
+        pruning_schedule: when to prune and how much: a schedule of `keras_renorm.schedules` or of tfmot, or `None` for the
+            schedule of the callback. Defaults to `None`.
+        criterion: what scores the weights: a name or an instance of `keras_renorm.criteria`, or a callable. Defaults to
+            `"magnitude"`.
+        pattern: which weights are removed together: a name or an instance of `keras_renorm.patterns`. Defaults to
+            `"unstructured"`.
+        group: which weights compete with each other: `"layer"` or `"unit"`. Defaults to `"layer"`.
+        renormalize: how the kept weights are rescaled at each event: `"auto"`, `"l1"`, `"l2"`, an instance of
+            `keras_renorm.renorm.L1` or `L2`, or `None`. Defaults to `"auto"`.
+        regrow: whether a later event may bring a removed weight back. Defaults to `False`.
 
     Attributes:
-        mask: bool variable of shape `(inputs, units)`, `True` = kept.
+        mask: bool variable of shape `(inputs, units)`; `True` for weights that are kept.
         scale: float variable of shape `(units,)`.
 
     Example:

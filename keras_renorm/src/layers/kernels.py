@@ -1,4 +1,4 @@
-"""Where the prunable weights of a layer are, and which of their axes run over the inputs of one unit."""
+"""The prunable weights of a layer, and which of their axes run over the inputs of one unit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from keras_renorm.src.layers.usage import added_weights
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A prunable variable. `input_axes` run over the inputs of one unit, the other axes number the units.
+    """A prunable variable.
 
-    `added` says that it is no kernel in fact, but a position embedding or a token: pruned only where it is asked for.
+    Args:
+        variable: the variable.
+        input_axes: axes that run over the inputs of one unit. The other axes number the units.
+        added: whether the variable is only added to the inputs of the layer, as a position embedding or a class token is. Such
+            a variable is pruned only on request.
     """
 
     variable: keras.Variable
@@ -31,7 +35,7 @@ class Kernel:
 
 
 def name_within(variable: keras.Variable, layer: keras.Layer) -> str:
-    """The path of a variable below a layer that it is in."""
+    """The path of a variable below a layer that holds it."""
     return variable.path.removeprefix(f"{layer.path}/")
 
 
@@ -73,7 +77,9 @@ def _none(layer):
 
 
 def _own_layer(layer):
-    """A user's own layer: what `get_prunable_weights()` names, else all its weights to train of rank two or more."""
+    """The kernels of a user's own layer: those that `get_prunable_weights()` returns, else its trainable weights of rank two or
+    more.
+    """
     named = hasattr(layer, "get_prunable_weights")
     variables = layer.get_prunable_weights() if named else _own_matrices(layer)
     return [Kernel(variable, tuple(range(len(variable.shape) - 1))) for variable in variables]
@@ -113,19 +119,19 @@ _FINDERS: dict[type, Callable] = {
 
 
 def find_kernels(layer: keras.Layer) -> list[Kernel]:
-    """The prunable weights of a built layer and of the layers inside it.
+    """Find the prunable weights of a built layer and of the layers inside it.
 
-    Of a layer of one's own, weights that are only added to its inputs, such as position embeddings and class tokens, do not
-    count, unless its `get_prunable_weights()` names them. A layer that has nothing else gives those, marked as `added`.
+    Weights that a user's own layer only adds to its inputs, such as position embeddings and class tokens, are left out, unless
+    `get_prunable_weights()` returns them. If a layer has no other weights, they are returned and marked as `added`.
 
     Args:
         layer: a built layer.
 
     Returns:
-        List of kernels, empty if the layer has nothing to prune.
+        List of `Kernel`, empty if the layer has nothing to prune.
 
     Raises:
-        ValueError: if the layer holds weights that cannot be pruned as it is (LoRA, quantized).
+        ValueError: if the layer holds weights that cannot be pruned as they are (LoRA, quantized).
     """
     validation.refuse_legacy_keras(layer, "layer")
     kernels, seen, added = [], set(), set()

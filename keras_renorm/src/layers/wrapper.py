@@ -13,23 +13,30 @@ from keras_renorm.src.layers.prunable import PrunableLayer
 class RenormalizedPruning(PrunableLayer, keras.layers.Wrapper):
     """Prunes and renormalizes the kernels of any layer.
 
-    Takes Dense, EinsumDense, convolutions of every kind, Embedding, MultiHeadAttention, recurrent layers (also inside
-    Bidirectional and TimeDistributed) and layers of your own: all their trainable weights of rank two or more, or those
-    that a method `get_prunable_weights()` of the layer returns.
+    The wrapped layer may be a Dense, EinsumDense, Embedding, MultiHeadAttention or convolutional layer, a recurrent layer (also
+    inside Bidirectional and TimeDistributed), or a layer of your own. Of your own layers, the trainable weights of rank two or
+    more are pruned, or the weights that the method `get_prunable_weights()` of the layer returns.
 
     Args:
         layer: the layer to prune.
-        pruning_schedule: when to prune and how much: a schedule of `keras_renorm.schedules` or of tfmot, or `None` to
-            leave it to the callback.
-        criterion: what scores the weights.
-        pattern: which weights live and die together.
-        group: `"layer"` or `"unit"`: which weights compete with each other.
-        renormalize: `"auto"`, `"l1"`, `"l2"`, an instance of `keras_renorm.renorm.L1` or `L2`, or `None`.
-        regrow: whether a removed weight may come back at a later event.
-        **kwargs: `name`, `dtype`, `trainable`.
+        pruning_schedule: when to prune and how much: a schedule of `keras_renorm.schedules` or of tfmot, or `None` for the
+            schedule of the callback. Defaults to `None`.
+        criterion: what scores the weights: a name or an instance of `keras_renorm.criteria`, or a callable. Defaults to
+            `"magnitude"`.
+        pattern: which weights are removed together: a name or an instance of `keras_renorm.patterns`. Defaults to
+            `"unstructured"`.
+        group: which weights compete with each other: `"layer"` or `"unit"`. Defaults to `"layer"`.
+        renormalize: how the kept weights are rescaled at each event: `"auto"`, `"l1"`, `"l2"`, an instance of
+            `keras_renorm.renorm.L1` or `L2`, or `None`. Defaults to `"auto"`.
+        regrow: whether a later event may bring a removed weight back. Defaults to `False`.
+        **kwargs: `name`, `dtype` and `trainable`.
 
     Attributes:
-        masked_kernels: tuple with one entry a kernel, each with `variable`, `mask` and `scale`.
+        masked_kernels: tuple with one entry for each kernel, which has a `variable`, a `mask` and a `scale`.
+
+    Raises:
+        TypeError: if `layer` is not a Keras layer.
+        ValueError: if `layer` is prunable already, or an argument is not known.
 
     Example:
 
@@ -97,7 +104,7 @@ class RenormalizedPruning(PrunableLayer, keras.layers.Wrapper):
         return self._call_masked(self.layer, self.layer, *args, **kwargs)
 
     def _builds_by_call(self):
-        """Whether the layer leaves `build` to Keras, and the layers inside it are built when it is called."""
+        """Whether the layer has no `build` of its own, so that its inner layers are built when it is called."""
         return type(self.layer).build is keras.Layer.build
 
     def _call_symbolically(self, input_shape):

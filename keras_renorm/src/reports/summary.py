@@ -1,4 +1,4 @@
-"""What is pruned in a model, as data and as a table."""
+"""`summary`: the sparsity of each kernel of a model, as data and as a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from keras_renorm.src.runtimes.targets import unique_names
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kernel: `kept` of its `weights` are not pruned; `scale` is the smallest and the largest scale of its units."""
+    """One kernel.
+
+    Args:
+        layer: name of the layer.
+        kernel: path of the kernel below the layer.
+        pattern: pattern of the layer; `"-"` in a plain layer.
+        weights: number of weights.
+        kept: number of weights that are not pruned.
+        scale: the smallest and the largest scale of the units.
+    """
 
     layer: str
     kernel: str
@@ -74,15 +83,15 @@ class Summary:
 
 
 def summary(model: keras.Model) -> Summary:
-    """What is pruned in a model.
+    """Summarize the sparsity of a model.
 
-    Zeros count as pruned, whether a mask makes them or, in a plain model, the kernel holds them.
+    Zeros count as pruned, in a prunable layer by its mask, in a plain layer by the values of its kernel.
 
     Args:
-        model: a built model, with prunable layers or plain.
+        model: a built model, with prunable layers or with plain ones.
 
     Returns:
-        A `Summary`; print it for a table, or take its `rows`, `sparsity` and `notes`.
+        A `Summary`. Print it for a table, or read `rows`, `sparsity` and `notes`.
 
     Example:
 

@@ -214,8 +214,8 @@ class MatchMoments(CalibratedRenormalizer):
 class LeastSquares(CalibratedRenormalizer):
     """Fit the kept weights by least squares: the pre-activation of the dense unit from the kept inputs, with intercept.
 
-    Source: least squares on second moments as in SparseGPT (arXiv 2301.00774) and ALPS (arXiv 2406.07831). Deviation: the inputs
-    are those of the pruned model, the targets those of the dense model.
+    Source: least squares on second moments as in SparseGPT (arXiv 2301.00774) and ALPS (arXiv 2406.07831). Deviation: the
+    inputs are those of the pruned model, the targets those of the dense model.
 
     Args:
         ridge: strength of the ridge penalty on the change of the weights, as a share of the mean second moment of the inputs.
@@ -244,8 +244,8 @@ def get(identifier: Any, group: str = "layer", calibrated: bool = False) -> Any:
     """Get a renormalizer by its name, from an instance, or from a config.
 
     Args:
-        identifier: `None` for plain pruning, `"auto"`, `"l1"`, `"l2"`, `"moments"`, `"lstsq"`, a `Renormalizer`, its config, or a
-            callable. `"auto"` is `LeastSquares` with calibration samples, else `L2`.
+        identifier: `None` for plain pruning, `"auto"`, `"l1"`, `"l2"`, `"moments"`, `"lstsq"`, a `Renormalizer`, its config, or
+            a callable. `"auto"` is `LeastSquares` with calibration samples, else `L2`.
         group: which weights compete: `"layer"` or `"unit"`. `"auto"` depends on it. Defaults to `"layer"`.
         calibrated: whether there are calibration samples. Defaults to `False`.
 

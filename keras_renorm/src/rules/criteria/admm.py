@@ -15,7 +15,8 @@ class ADMM(CalibratedCriterion):
     iteration costs one product of the second moments of the inputs with the kernel.
 
     Source: X. Meng and others, ALPS: improved optimization for highly sparse one-shot pruning for large language models,
-    arXiv 2406.07831. Deviation: the penalty doubles after each quarter of the iterations, whether or not the mask still changes.
+    arXiv 2406.07831. Deviation: the penalty doubles after each quarter of the iterations, whether or not the mask still
+    changes.
 
     Args:
         iterations: number of iterations, at least 4. Half as many give a slightly worse fit in half the time. Defaults to 60.

@@ -8,17 +8,17 @@ from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers, spa
 
 
 class PruningSummaries(keras.callbacks.TensorBoard):
-    """Keras' `TensorBoard`, which also shows the sparsity and the scales of every prunable layer.
+    """`keras.callbacks.TensorBoard` that also shows the sparsity and the scales of every prunable layer.
 
-    It takes the place of `keras.callbacks.TensorBoard`, argument for argument. At the end of every epoch the log directory
-    gets, beside `epoch_loss` and the metrics:
+    It takes the arguments of `keras.callbacks.TensorBoard` and replaces it. At the end of every epoch it writes, beside
+    `epoch_loss` and the metrics:
 
-    - `epoch_sparsity`: of the whole model;
-    - `epoch_sparsity/LAYER`: of a layer;
-    - `epoch_scale_mean/LAYER`, `epoch_scale_max/LAYER`: of the scales of its units.
+    - `epoch_sparsity`: the sparsity of the whole model;
+    - `epoch_sparsity/LAYER`: the sparsity of a layer;
+    - `epoch_scale_mean/LAYER`, `epoch_scale_max/LAYER`: the mean and the maximum of the scales of its units.
 
-    With `histogram_freq=1` TensorBoard draws histograms of all scales, as of all weights. It works on every backend of Keras;
-    TensorFlow writes the files.
+    With `histogram_freq=1` TensorBoard draws histograms of all scales and weights. The callback works on every backend of
+    Keras; TensorFlow writes the files.
 
     Raises:
         ValueError: when training begins, if the model has no prunable layers.
@@ -34,7 +34,7 @@ class PruningSummaries(keras.callbacks.TensorBoard):
     >>> os.listdir(logs)
     ['train']
 
-    `tensorboard --logdir logs` shows it.
+    Show the logs with `tensorboard --logdir logs`.
     """
 
     def on_train_begin(self, logs=None):

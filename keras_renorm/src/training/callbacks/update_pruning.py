@@ -16,23 +16,25 @@ _SETTLE_AFTER = 10
 
 
 class UpdatePruning(keras.callbacks.Callback):
-    """Prunes the prunable layers of a model while it trains, when their schedules say so.
+    """Prunes the prunable layers of a model during training, when their schedules say so.
 
-    Step `s` of a schedule is the moment when `s` batches have been trained; an event at step 0 comes before the first batch.
-    With `steps_per_execution`, the last event that falls into an execution takes place at its end. The step is saved with
-    the model, so that training goes on where it stopped. After an event the logs hold `sparsity`, the fraction of zeros over
-    all prunable weights: the progress bar, `History` and TensorBoard show it (put this callback before TensorBoard).
+    The step of a schedule is the number of batches that have been trained. An event at step 0 comes before the first batch.
+    With `steps_per_execution`, the last event within an execution takes place at the end of that execution. The step is saved
+    with the model, so that training resumes where it stopped; it counts from the first training of the model on.
 
-    Steps count from the model's first training on. If a training ends with less than a schedule asks for, or begins when all
-    its events are over, a warning says how much is missing, why, and what to do, once for a model.
+    After an event the logs hold `sparsity`, the fraction of zeros among all prunable weights. The progress bar, `History` and
+    TensorBoard show it (put this callback before TensorBoard).
+
+    If training ends below the sparsity of a schedule, or begins after the last event of a schedule, a warning says by how much,
+    why, and what to do. It appears once for each model.
 
     Args:
-        pruning_schedule: the schedule of the layers that have none of their own: one of `keras_renorm.schedules`, one of
-            tfmot, or a callable `step -> (should_prune, sparsity)`.
+        pruning_schedule: the schedule of layers that have no schedule of their own: a schedule of `keras_renorm.schedules` or
+            of tfmot, or a callable `step -> (should_prune, sparsity)`. Defaults to `None`.
 
     Raises:
-        ValueError: when training begins, if the model has no prunable layers, or one of them has no schedule; at an event,
-            if a kernel holds NaN or infinity (no layer is changed then).
+        ValueError: when training begins, if the model has no prunable layers, or a layer has no schedule; at an event, if a
+            kernel holds NaN or infinity (then no layer is changed).
 
     Example:
 
@@ -45,7 +47,7 @@ class UpdatePruning(keras.callbacks.Callback):
     >>> history.history["sparsity"]
     [0.75]
 
-    In a training loop of your own, call `step()` after every batch:
+    In a custom training loop, call `step()` after every batch:
 
     ```python
     pruning = kr.callbacks.UpdatePruning(schedule)
@@ -100,9 +102,9 @@ class UpdatePruning(keras.callbacks.Callback):
         unsettle(self._model)
 
     def _tell_after(self, history: keras.callbacks.History | None) -> None:
-        """Let the user know of what is missing when all callbacks have ended: one behind this may restore earlier weights.
+        """Warn of a missing sparsity after all other callbacks have ended: a later one may still restore earlier weights.
 
-        Keras puts the history at the end of the list.
+        Keras puts the history at the end of the list of callbacks.
         """
         if not isinstance(history, keras.callbacks.History):
             return
@@ -115,7 +117,7 @@ class UpdatePruning(keras.callbacks.Callback):
         history.on_train_end = on_train_end
 
     def step(self) -> None:
-        """Count one trained batch, in a training loop of your own, and prune if an event is due."""
+        """Count one trained batch, in a custom training loop, and prune if an event is due."""
         if self._layers is None:
             self._find_layers()
             self._begin()
@@ -145,7 +147,7 @@ class UpdatePruning(keras.callbacks.Callback):
         self._trained = None
 
     def _begin(self) -> None:
-        """Take up the count where the model has it."""
+        """Read the step from the model."""
         self._bring_up_to_date()
         self._trained = max(int(keras.ops.convert_to_numpy(layer.pruning_step)) for layer, _ in self._layers)
         self._count_steps(write=True)
@@ -156,7 +158,7 @@ class UpdatePruning(keras.callbacks.Callback):
         self._measure()
 
     def _batches_until(self, batch: int) -> int:
-        """How many batches were trained since the last call, when Keras says that batch `batch` ended."""
+        """The number of batches trained since the last call, when Keras reports the end of batch `batch`."""
         by_index = batch - self._last_batch
         if getattr(self._model, "steps_per_execution", 1) == 1:
             return by_index
@@ -171,7 +173,7 @@ class UpdatePruning(keras.callbacks.Callback):
         return counted
 
     def _times_applied(self) -> int:
-        """How many batches the optimizer has seen; its `iterations` are fewer if it accumulates their gradients."""
+        """The number of batches that the optimizer has seen. Its `iterations` are fewer if it accumulates gradients."""
         optimizer = innermost(getattr(self._model, "optimizer", None))
         if getattr(self._model, "steps_per_execution", 1) == 1 or optimizer is None:
             return 0
@@ -179,9 +181,10 @@ class UpdatePruning(keras.callbacks.Callback):
         return int(keras.ops.convert_to_numpy(optimizer._iterations))
 
     def _advance(self, batches: int) -> bool:
-        """Count trained batches and run the events that fall due, of several for one layer the last.
+        """Count trained batches and run the events that are due, only the last of them for each layer.
 
-        Answers whether any mask or scale changed.
+        Returns:
+            Whether a mask or a scale changed.
         """
         due: dict[int, float] = {}
         answers = {}
@@ -206,7 +209,7 @@ class UpdatePruning(keras.callbacks.Callback):
         return changed
 
     def _bring_up_to_date(self) -> None:
-        """On JAX, variables hold their values of the last epoch until a callback asks for the model."""
+        """On JAX, write the state of the training to the variables, which hold the values of the last epoch until then."""
         _ = self.model
 
     def _measure(self) -> None:

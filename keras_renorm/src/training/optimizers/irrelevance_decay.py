@@ -15,29 +15,31 @@ from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
 
 @registry.register
 class IrrelevanceDecay(OptimizerWrapper):
-    """Lets the weights decay that the loss does not care about, while another optimizer trains.
+    """Lets weights decay that are irrelevant to the loss, while another optimizer trains.
 
-    Adds `2 * gamma * w * exp(-|g| / alpha)` to the gradient `g` of the loss: the gradient of the penalty
-    `gamma * w^2 * exp(-|g| / alpha)` with its second factor held constant. Where `|g|` is large a weight is left alone;
-    where it is small the weight decays, and pruning by magnitude finds it. It costs no second backward pass and works with any
-    loss. The inner optimizer clips, accumulates and adapts the sum.
+    Adds `2 * gamma * w * exp(-|g| / alpha)` to the gradient `g` of the loss. This is the gradient of the penalty
+    `gamma * w^2 * exp(-|g| / alpha)` with the exponential held constant. A weight with a large gradient hardly decays; a weight
+    with a small gradient decays, and magnitude pruning then removes it. There is no second backward pass, and any loss works.
+    The inner optimizer clips, accumulates and applies the sum.
 
     Source: G. Bonetta, M. Ribero and R. Cancelliere, Regularization-based pruning of irrelevant weights in deep neural
-    architectures, arXiv 2204.04977. There `|g|` is compared with `alpha` itself; by default here with `alpha` times the root
-    mean square of the gradient of the same variable, which does not depend on the scale of the loss. With the paper's `alpha`
-    of 0.1 and the gradients of a mean loss, a hundred times smaller, every weight decays: that is plain L2 decay.
+    architectures, arXiv 2204.04977. Deviation: the paper compares `|g|` with `alpha` itself. Here `alpha` is by default a
+    multiple of the root mean square of the gradient of the same variable, which does not depend on the scale of the loss. With
+    the `alpha` of the paper, 0.1, and the gradients of a mean loss, which are a hundred times smaller, every weight decays:
+    this is L2 decay.
 
     Args:
         optimizer: the optimizer that trains: an instance, a name or a config.
-        gamma: how strong the decay is; the first thing to tune.
-        alpha: the temperature: weights whose `|g|` is well below it decay. Below 1, relative to the root mean square, it spares
-            whatever is merely in use at the moment, and pruning finds less.
-        relative: whether `alpha` counts in root mean squares of the variable's gradient (default), or in units of the gradient.
-        decay_steps: integer. `gamma` goes down to zero linearly over so many steps after the last `restart()`, which
-            `keras_renorm.methods.prune_iteratively` calls after every pruning event. `None`: it stays.
-        exclude: list of regular expressions: variables whose path one of them is found in are left alone, such as
-            `["embedding"]`. Variables of rank one always are.
-        name: the wrapper's name.
+        gamma: strength of the decay. Tune it first. Defaults to 3e-4.
+        alpha: temperature: weights with `|g|` well below it decay. With `relative=True`, values below 1 spare weights that
+            matter only for the moment, and pruning finds fewer weights to remove. Defaults to 3.
+        relative: whether `alpha` is a multiple of the root mean square of the gradient of the variable, and not an absolute
+            value. Defaults to `True`.
+        decay_steps: number of steps after the last `restart()` over which `gamma` falls linearly to zero; `None` for a constant
+            `gamma`. `keras_renorm.methods.prune_iteratively` calls `restart()` after every pruning event. Defaults to `None`.
+        exclude: list of regular expressions, such as `["embedding"]`. Variables with a matching path do not decay; variables of
+            rank one never do. Defaults to `None`.
+        name: name of the wrapper. Defaults to `None`.
 
     Raises:
         ValueError: if `gamma`, `alpha` or `decay_steps` is not positive.
@@ -119,7 +121,7 @@ class IrrelevanceDecay(OptimizerWrapper):
         return strategy.num_replicas_in_sync if strategy else 1
 
     def restart(self) -> None:
-        """Set `gamma` back to its full value, from where it goes down again over `decay_steps`."""
+        """Set `gamma` to its full value, from which it falls again over `decay_steps`."""
         self.steps.assign(0)
 
     def get_config(self):

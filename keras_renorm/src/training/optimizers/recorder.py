@@ -12,19 +12,19 @@ from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
 
 @registry.register
 class Recorder(OptimizerWrapper):
-    """Adds up gradient magnitudes and remembers where weights started, while another optimizer trains.
+    """Records the sum of gradient magnitudes and the first values of weights, while another optimizer trains.
 
-    It has a number for every trainable weight of rank two or more, for each of the two: a slot variable of the optimizer,
-    saved with a compiled model. `keras_renorm.methods` put it on and take it off themselves.
+    For each of the two it has a slot variable for every trainable weight of rank two or more, which is saved with a compiled
+    model. `keras_renorm.methods.KStarts` and `DissipatingGradients` put the recorder on and take it off themselves.
 
     Args:
         optimizer: the optimizer that trains: an instance, a name or a config.
-        gradients: whether to add up `|gradient|`.
-        start: whether to remember the value of each weight when `reset_start()` was called last.
-        name: the wrapper's name.
+        gradients: whether to sum `|gradient|`. Defaults to `True`.
+        start: whether to record the value that each weight has when `reset_start()` is called. Defaults to `True`.
+        name: name of the wrapper. Defaults to `None`.
 
     Attributes:
-        epochs: integer variable, for whoever reads the records to note how many epochs they have read.
+        epochs: integer variable in which a user of the records can count epochs.
 
     Example:
 
@@ -71,11 +71,11 @@ class Recorder(OptimizerWrapper):
             self.assign_add(slot, ops.cast(ops.abs(gradient), slot.dtype))
 
     def gradient(self, variable: keras.Variable) -> np.ndarray:
-        """The sum of `|gradient|` over the batches since the last `reset_gradients()`, shaped like `variable`."""
+        """The sum of `|gradient|` over the batches since the last `reset_gradients()`, of the shape of `variable`."""
         return self._read(self._gradients, variable, "gradients")
 
     def start(self, variable: keras.Variable) -> np.ndarray:
-        """The value that each weight had at the last `reset_start()`, shaped like `variable`; zero before."""
+        """The values of the weights at the last `reset_start()`, of the shape of `variable`; zeros before the first."""
         return self._read(self._start, variable, "start")
 
     def _read(self, slots, variable, argument):
@@ -88,13 +88,13 @@ class Recorder(OptimizerWrapper):
         return ops.convert_to_numpy(slot)
 
     def reset_gradients(self) -> None:
-        """Begin the sums anew."""
+        """Set the sums to zero."""
         for slot in self._gradients or ():
             if slot is not None:
                 slot.assign(ops.zeros(slot.shape, slot.dtype))
 
     def reset_start(self) -> None:
-        """Take the present values of the weights as their start."""
+        """Record the present values of the weights."""
         for slot, variable in zip(self._start or (), self._trainable_variables):
             if slot is not None:
                 slot.assign(ops.cast(ops.copy(variable), slot.dtype))

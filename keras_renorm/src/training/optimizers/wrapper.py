@@ -9,11 +9,11 @@ from keras_renorm.src.core import validation
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer):
-    """Base class of optimizers that do something with the gradients before another optimizer takes its step.
+    """Base class of optimizers that read or change the gradients before another optimizer applies them.
 
     Args:
         optimizer: the optimizer that trains: an instance, a name or a config.
-        name: the wrapper's name.
+        name: name of the wrapper.
     """
 
     def __init__(self, optimizer: Any, name: str | None = None):
@@ -59,14 +59,14 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         self.inner_optimizer.apply(grads, trainable_variables)
 
     def before_step(self, gradients: list, variables: list) -> list:
-        """The gradients that the inner optimizer is to take, as they come from the loss: not yet clipped nor accumulated.
+        """Return the gradients for the inner optimizer. They come from the loss: neither clipped nor accumulated.
 
         Args:
-            gradients: dense tensors, without loss scale; under `tf.distribute`, those of one replica.
-            variables: the variables that they belong to.
+            gradients: dense tensors, without loss scale; under `tf.distribute`, the gradients of one replica.
+            variables: the variables of the gradients.
 
         Returns:
-            As many tensors, of the same shapes.
+            List of tensors of the same number and shapes.
         """
         raise NotImplementedError
 
