@@ -1,3 +1,5 @@
+"""Latency of `.tflite` files, measured in turns."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,10 +21,7 @@ _FREE_SIDE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """How long one inference of a file takes: median, 10th and 90th percentile, in seconds.
-
-    `shapes` are those of its inputs.
-    """
+    """The time of one inference of a file: median, 10th and 90th percentile, in seconds. `shapes` are the shapes of its inputs."""
 
     path: pathlib.Path
     median: float
@@ -33,12 +32,12 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Latencies of `.tflite` files, measured in turns. Printing it shows a table; `rows` are the data.
+    """Latencies of `.tflite` files, measured in turns. Print it for a table; `rows` are the data.
 
     Attributes:
         rows: tuple of `Latency`, that of the file first.
-        runs: how many inferences of each were timed.
-        threads: how many threads the runtime had.
+        runs: number of timed inferences of each file.
+        threads: number of threads of the runtime.
     """
 
     rows: tuple[Latency, ...]
@@ -47,7 +46,7 @@ class Benchmark:
 
     @property
     def ratio(self) -> float | None:
-        """Median of the file over that of the one it was compared with first; `None` if there is none."""
+        """Median of the file over the median of the first file it was compared with; `None` if there is none."""
         return self.rows[0].median / self.rows[1].median if len(self.rows) > 1 else None
 
     def __str__(self) -> str:
@@ -71,25 +70,25 @@ def benchmark(
     warmup: int = 5,
     samples: Any = None,
 ) -> Benchmark:
-    """Measure how long a `.tflite` file takes for one sample, beside others in the same run.
+    """Measure the latency of a `.tflite` file for one sample, beside other files in the same run.
 
-    Uses LiteRT, or TensorFlow's interpreter where LiteRT is not installed. The files take turns, so that what else the machine
-    does meets all of them.
+    The function uses LiteRT, or the interpreter of TensorFlow if LiteRT is not installed. The files take turns, so that other
+    work of the machine affects all of them.
 
     Args:
         path: a `.tflite` file.
-        against: files to compare it with, such as the dense export of the same network.
-        threads: how many threads the runtime may use.
-        runs: how many inferences of each to time.
-        warmup: how many to do before.
-        samples: inputs, the first of which is timed: an array, or for files with several inputs a dict of arrays by their
-            names. By default random ones, where sides without a fixed length are 32.
+        against: files to compare it with, such as the dense export of the same network. Defaults to `()`.
+        threads: number of threads that the runtime may use. Defaults to 1.
+        runs: number of inferences of each file to time. Defaults to 50.
+        warmup: number of inferences of each file before the measurement. Defaults to 5.
+        samples: inputs, of which the first sample is timed: an array or, for files with several inputs, a dict of arrays by the
+            names of the inputs. Defaults to `None`: random inputs, with 32 for the length of free sides.
 
     Returns:
-        A `Benchmark` with `rows` and `ratio`; print it for a table.
+        A `Benchmark` with `rows` and `ratio`. Print it for a table.
 
     Raises:
-        ValueError: if a count is not positive, a file is not a `.tflite` model, or the samples are not those of a file.
+        ValueError: if a count is not positive, a file is not a `.tflite` model, or the samples do not fit a file.
         OSError: if a file cannot be read.
         RuntimeError: if the runtime cannot load or run a file.
 
@@ -111,7 +110,7 @@ def benchmark(
 
 
 def in_turns(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> np.ndarray:
-    """Time functions in turns: 10th percentile, median and 90th percentile in seconds, of shape `(3, len(calls))`."""
+    """Time functions in turns; returns the 10th percentile, median and 90th percentile in seconds, of shape `(3, len(calls))`."""
     seconds = np.zeros((len(calls), runs))
     for run in range(-warmup, runs):
         for index, call in enumerate(calls):
@@ -127,14 +126,14 @@ class Inference:
 
     Args:
         path: the file.
-        threads: how many threads the runtime may use.
+        threads: number of threads that the runtime may use.
         samples: as in `benchmark`.
 
     Attributes:
-        shapes: of the inputs.
+        shapes: shapes of the inputs.
 
     Raises:
-        ValueError: if the samples are not those of the file.
+        ValueError: if the samples do not fit the file.
         RuntimeError: if the runtime cannot load or run the file.
     """
 
@@ -162,12 +161,12 @@ class Inference:
 
 
 def shapes_of(shapes: Iterable[Sequence[int]]) -> str:
-    """Shapes as people write them: `1x24x24x3`."""
+    """Shapes as text, such as `1x24x24x3`."""
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 
 def _inputs(interpreter: Any) -> dict[str, dict]:
-    """What the runtime tells of each input, by the name that the file's signature gives it."""
+    """The details of each input, by its name in the signature of the file."""
     if signatures := list(interpreter.get_signature_list()):
         return interpreter.get_signature_runner(signatures[0]).get_input_details()
     return {detail["name"]: detail for detail in interpreter.get_input_details()}

@@ -1,3 +1,5 @@
+"""`explain`: how the weights of a `.tflite` file are stored, and whether the runtime skips their zeros."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,20 +22,20 @@ _FEW = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A weight tensor of a file, and what the runtime makes of its zeros.
+    """A weight tensor of a file, and how the runtime treats its zeros.
 
     Args:
-        layer: of the Keras model, as far as the file tells.
-        name: of the tensor.
-        operation: what uses it, by TFLite's name.
-        shape: as TFLite has it: units first.
-        dtype: of its values.
+        layer: name of the Keras layer, as far as the file tells.
+        name: name of the tensor.
+        operation: operation that uses the tensor, by its name in TFLite.
+        shape: shape in TFLite: units first.
+        dtype: type of its values.
         density: share of its weights that are not zero.
-        bytes: how many it takes.
+        bytes: size of its values.
         storage: `"in full"`, `"sparse"` (unpacked when the model is loaded), or `"blocks of 4"` (or 16: read as they are).
-        skips: whether the runtime saves the work of its zeros.
+        skips: whether the runtime skips the multiplications with its zeros.
         why: the reason.
-        remedy: what to change, so that it does; empty if there is nothing to change.
+        remedy: what to change for the runtime to skip them; empty if there is nothing to change.
     """
 
     layer: str
@@ -51,7 +53,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """How the weights of a `.tflite` file are stored and used. Printing it shows a table; the attributes are the data.
+    """How the weights of a `.tflite` file are stored and used. Print it for a table; the attributes are the data.
 
     Attributes:
         path: the file, or `None` if a model was given.
@@ -59,9 +61,9 @@ class Explanation:
         rows: tuple of `Weights`.
         sparse_path: whether XNNPACK computes the network without the zeros of its 1x1 convolutions (on Arm, and on x86 without
             AVX); `None` if it has no such convolution.
-        breakers: tuple of `keras_renorm.xnnpack.Breaker`: the layers in the way.
+        breakers: tuple of `Breaker`: the layers that prevent it.
         zeros: share of zeros in the weights of all 1x1 convolutions.
-        metadata: how the model was pruned, as `keras_renorm` wrote it into the file, or `None`.
+        metadata: how the model was pruned, as `keras_renorm` wrote it to the file, or `None`.
     """
 
     path: pathlib.Path | None
@@ -120,16 +122,16 @@ class Explanation:
 
 
 def explain(model_or_path: keras.Model | str | os.PathLike) -> Explanation:
-    """Say for every weight tensor how it is stored, whether the runtime saves the work of its zeros, and if not, why.
+    """Explain for every weight tensor how it is stored, and whether the runtime skips its zeros, and why not.
 
     Args:
-        model_or_path: a `.tflite` file, whoever made it, or a model, which is exported (float32) to look at what comes out.
+        model_or_path: a `.tflite` file of any origin, or a model, which is exported as float32 and explained.
 
     Returns:
-        An `Explanation`; print it for a table.
+        An `Explanation`. Print it for a table.
 
     Raises:
-        ValueError: if the file is not a `.tflite` model, or a model cannot be exported.
+        ValueError: if the file is not a `.tflite` model, or the model cannot be exported.
         OSError: if the file cannot be read.
 
     Example:
@@ -174,7 +176,7 @@ def _explanation(path: pathlib.Path, data: bytes, model: Any) -> Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """A constant tensor, the layer and the operation that take it, and whether nothing unpacks it in between."""
+    """A constant tensor, the layer and the operation that use it, and whether no operation unpacks it in between."""
 
     tensor: Any
     layer: str
@@ -229,7 +231,7 @@ def _explain(model: Any, use: _Use, holds: bool, breakers: tuple) -> Weights:
 
 
 def _judge(use: _Use, report: Any, storage: str, holds: bool, breakers: tuple) -> tuple[bool, str, str]:
-    """Whether the runtime skips the zeros of a tensor, why (not), and what to change."""
+    """Whether the runtime skips the zeros of a tensor, the reason, and what to change."""
     units = "Prune whole units (`pattern='unit'`) and take them out with `keras_renorm.compact`."
     if use.operation == "FULLY_CONNECTED":
         if storage.startswith("blocks"):

@@ -1,4 +1,4 @@
-"""Changes layers that keep a network from XNNPACK's sparse path, or that the runtime fails on, to equal ones, or nearly so."""
+"""`repair`: equal or nearly equal layers in place of those that XNNPACK's sparse path cannot run."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _ANY_RANK = (L.Activation, L.ReLU, L.LeakyReLU, L.ELU, L.Dropout, L.Identity, L.
 
 
 def repair(model: keras.Model) -> keras.Model:
-    """Let a network qualify for XNNPACK's sparse path, where only padding or the head is in the way.
+    """Change a network so that XNNPACK's sparse path can run it, if only padding or the head prevents that.
 
-    Networks such as MobileNet pad one side only where a convolution has strides, which that path has no kernel for:
+    Networks such as MobileNet pad one side only before a convolution with strides. The sparse path has no kernel for that:
 
-    - A 3x3 depthwise convolution becomes a 5x5 one that is padded by 2 on all sides, with zeros around the weights: the same
-      outputs, exactly.
-    - The first convolution gets its image moved by one pixel and padded by 1 on all sides: the same outputs but for the first
-      row and column.
-    - A 5x5 depthwise convolution is padded by 2 on all sides: it looks one pixel further up and left. Fine-tune such a network,
-      or prune it with `calibration` samples against the original.
+    - A 3x3 depthwise convolution becomes a 5x5 convolution that is padded by 2 on all sides, with zeros around the weights. The
+      outputs are equal.
+    - The image of the first convolution is moved by one pixel and padded by 1 on all sides. The outputs are equal except for
+      the first row and column.
+    - A 5x5 depthwise convolution is padded by 2 on all sides, which moves it by one pixel up and left. Fine-tune such a
+      network, or prune it with `calibration` samples against the original.
 
-    A head of 1x1 convolutions after global average pooling, with which that path fails on Arm, becomes one of Dense layers:
-    the same outputs, exactly.
+    A head of 1x1 convolutions after global average pooling, on which the sparse path fails on Arm, becomes a head of Dense
+    layers. The outputs are equal.
 
-    The model passed in stays as it is.
+    The model that is passed in is not changed.
 
     Args:
-        model: a built Sequential or Functional model, plain or with prunable layers.
+        model: a built Sequential or Functional model, with plain or prunable layers.
 
     Returns:
         A new model of plain Keras layers. It is compiled if `model` was, with a fresh optimizer. Its attribute `repair_notes`
-        is a tuple of what was done, layer by layer, and whether outputs stay the same; it is not saved with the model.
+        is a tuple of sentences on what was changed and whether outputs are equal; it is not saved with the model.
 
     Raises:
         ValueError: if the model is not built, or not Sequential or Functional.
@@ -73,7 +73,7 @@ def repair(model: keras.Model) -> keras.Model:
 
 
 def repair_head(model: keras.Model) -> tuple[keras.Model, list[str]]:
-    """The model with Dense layers after global average pooling, and what was changed; itself if nothing was."""
+    """The model with Dense layers after global average pooling, and what was changed; the same model if nothing was."""
     if functional_of(model) is None:
         return model, []
     graph = graph_of(model)
@@ -106,7 +106,9 @@ def _changes_of_padding(graph: Graph) -> tuple[dict[int, Change], list[str]]:
 
 
 def _margins(layer: keras.Layer, before: Call | None, size: tuple) -> tuple[int, int, int, int] | None:
-    """Rows above and below, columns left and right that are added before a convolution; `None` if that is not known."""
+    """The number of rows above and below and of columns left and right that are added before a convolution; `None` if not
+    known.
+    """
     if layer.data_format != "channels_last" or None in size or tuple(layer.dilation_rate) != (1, 1):
         return None
     if layer.padding == "valid":
@@ -117,9 +119,9 @@ def _margins(layer: keras.Layer, before: Call | None, size: tuple) -> tuple[int,
 
 
 def _symmetric(layer: keras.Layer, margins: tuple, size: tuple, channels: int) -> tuple[list, str] | None:
-    """Layers with equal margins on all sides in the place of a convolution with strides of two, and a note on what they are.
+    """Layers with equal margins on all sides, in place of a convolution with strides of two, and a note on them.
 
-    Margins are equal already where the sides of an image are odd.
+    If the sides of an image are odd, margins are equal already.
     """
     kernel, (weights, *bias) = tuple(layer.kernel_size), values_of(layer)
     is_depthwise = type(layer) is L.DepthwiseConv2D and layer.depth_multiplier == 1
@@ -175,8 +177,9 @@ def _changes_of_head(model: keras.Model, graph: Graph) -> tuple[dict[int, Change
 
 
 def _head(call: Call, readers: dict, outputs: set[int]) -> list[Call]:
-    """The calls from global average pooling to an output of the model, if there are only 1x1 convolutions and layers that do
-    not care for the shape; else none."""
+    """The calls from global average pooling to an output of the model, if they are only 1x1 convolutions and elementwise
+    layers; else none.
+    """
     chain: list[Call] = []
     tensor = call.outputs[0]
     while not chain or len(tensor.shape) == 4:

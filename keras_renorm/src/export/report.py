@@ -1,4 +1,4 @@
-"""What an export did, as data and as a table."""
+"""The report of an export, as data and as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 
 @dataclasses.dataclass(frozen=True)
 class TensorReport:
-    """One weight tensor of a file: its name and shape there, the fraction of zeros, bytes, and how it is stored."""
+    """One weight tensor of a file: its name and shape there, the fraction of zeros, its size in bytes, and its storage."""
 
     name: str
     shape: tuple[int, ...]
@@ -20,21 +20,21 @@ class TensorReport:
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """A written `.tflite` file beside the same network stored without compression of its zeros.
+    """A written `.tflite` file, beside a file of the same network with every tensor stored in full.
 
     Attributes:
         path: the file.
         quantize: `None`, `"float16"` or `"int8"`.
         bytes: size of the file.
-        gzip_bytes: its size when compressed, as in an app package or a download.
+        gzip_bytes: size of the file when compressed, as in an app package or a download.
         dense_bytes: size of the dense export: the same network with every tensor stored in full.
         dense_gzip_bytes: size of the dense export when compressed.
-        stored_sparse: whether sparse tensors are stored compressed.
+        stored_sparse: whether any tensor is stored sparse.
         tensors: weight tensors of rank two or more.
         difference: largest absolute difference between the outputs of the file and of the Keras model.
         output_range: largest absolute output of the Keras model on the same samples.
-        notes: what a user should know: fallbacks, and why.
-        estimated_bytes: about how many bytes the file takes as `"float32"`, `"float16"` and `"int8"`; exact for its own type.
+        notes: sentences on fallbacks and their reasons, and on how to run the file.
+        estimated_bytes: estimated size of the file as `"float32"`, `"float16"` and `"int8"`; exact for its own type.
     """
 
     path: pathlib.Path
@@ -52,7 +52,7 @@ class ExportReport:
 
     @property
     def ratio(self) -> float:
-        """Bytes of the file over bytes of the dense export."""
+        """Size of the file over the size of the dense export."""
         return self.bytes / self.dense_bytes
 
     def __str__(self) -> str:

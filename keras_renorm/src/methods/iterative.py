@@ -1,4 +1,4 @@
-"""Prune a little, train a little, as long as a metric holds."""
+"""Iterative pruning: prune a little and train a little, as long as a metric holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score
 
 @dataclasses.dataclass(frozen=True)
 class IterativePruning(Outcome):
-    """What `prune_iteratively` found. Printing it shows the rounds as a table."""
+    """The result of `prune_iteratively`. Print it for a table of the rounds."""
 
     def __str__(self) -> str:
         header = ("round", "sparsity", "step", self.metric, "held", "epochs", "seconds", "note")
@@ -77,52 +77,57 @@ def prune_iteratively(
     batch_size: int = 128,
     verbose: int | str = "auto",
 ) -> IterativePruning:
-    """The sparsest model that still holds a given quality: prune, train, check; go on, or go back and try a smaller step.
+    """Find the sparsest model that still reaches a given quality, in rounds of pruning and training.
 
-    Round 0 trains the model as it is. Each further round removes `step` of the weights that are left and trains. If `metric`
-    holds the floor, the next round goes on from there. If not, the model goes back to the last round that held, and the step
-    is halved. It ends when the step would be smaller than `smallest_step`.
+    Round 0 trains the model as it is. Each further round removes a fraction `step` of the remaining weights and trains. If
+    `metric` holds the floor, the next round continues from that model. If not, the model is restored to the last round that
+    held the floor, and the step is halved. The loop ends when the step would fall below `smallest_step`.
 
-    The model passed in stays as it is. A model that was compiled with a `keras_renorm.optimizers.IrrelevanceDecay` is trained
-    with it; its `restart()` is called with every pruning.
+    The model that is passed in is not changed. A model that is compiled with `keras_renorm.optimizers.IrrelevanceDecay` trains
+    with it, and its `restart()` is called at every pruning.
 
-    Source: the loop around the regularizer of G. Bonetta, M. Ribero and R. Cancelliere, arXiv 2204.04977, which removes a fixed
-    share of the weights, by magnitude over the whole model, whenever the metric is above the floor, and ends when it no longer
-    is. Going back and halving the step are added here.
+    Source: the loop around the regularizer of G. Bonetta, M. Ribero and R. Cancelliere, arXiv 2204.04977. It removes a fixed
+    share of the weights, by magnitude over the whole model, whenever the metric is above the floor, and ends when the metric is
+    not. Deviation: restoring the model and halving the step are additions of this library.
 
     Args:
-        model: a compiled Sequential or Functional model, plain or with prunable layers, trained or not.
+        model: a compiled Sequential or Functional model, with plain or prunable layers, trained or not.
         fit: the training of a round: a dict of arguments of `model.fit`, such as
-            `dict(x=x, y=y, epochs=3, validation_split=0.1)`; or a function `model -> logs` (or `History`), which trains the
-            model in place.
-        metric: name of the metric in the logs of `fit`; its value in the last epoch counts.
-        floor: the value that the metric has to hold; or
-        tolerance: how far it may be from the dense model's, in its own units. Pass one of the two.
-        mode: `"max"` if larger values are better, `"min"` if smaller ones are, `"auto"` to tell by the metric's name.
-        step: fraction of the weights left that a round removes, in (0, 1).
-        smallest_step: the step below which there is no further try.
-        stop_early: whether a round ends as soon as the metric holds, before `fit`'s epochs are over (with a dict as `fit`).
-        layers: which layers of a plain model, as in `keras_renorm.to_prunable`.
-        criterion: what scores the weights; with `calibration` also `"activation"`, `"activity"` and `"obs"`.
-        pattern: which weights live and die together.
-        group: `"layer"` or `"unit"`.
-        allocation: how the sparsity is divided among kernels; `"global"`, one threshold on the scores over all of them.
-        renormalize: what is done to the survivors at each pruning. (For layers that are prunable already, these five stay.)
-        max_rounds: number of rounds after which to end in any case.
-        directory: folder for the state, written after every round. If it holds the state of the same run, the run goes on
-            where it was. One run at a time can have it.
-        seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`, so that a run that was stopped ends
-            as one that was not.
-        calibration: unlabelled samples, as in `keras_renorm.prune`, for criteria that need them.
-        batch_size: how many of these to run at once, where they come as arrays.
-        verbose: `"auto"`, 0, 1, or 2: the progress bar.
+            `dict(x=x, y=y, epochs=3, validation_split=0.1)`; or a function `model -> logs` (or `History`) that trains the model
+            in place.
+        metric: name of the metric in the logs of `fit`. Its value in the last epoch counts. Defaults to `"val_accuracy"`.
+        floor: the value that the metric must reach. Defaults to `None`.
+        tolerance: how much worse than the dense model the metric may be, in its own units. Pass either `floor` or `tolerance`.
+            Defaults to `None`.
+        mode: `"max"` if larger values are better, `"min"` if smaller values are, `"auto"` to decide by the name of the metric.
+            Defaults to `"auto"`.
+        step: fraction of the remaining weights that a round removes, in (0, 1). Defaults to 0.2.
+        smallest_step: the smallest step to try. Defaults to 0.02.
+        stop_early: whether a round ends as soon as the metric holds, before all epochs of `fit` (if `fit` is a dict). Defaults
+            to `True`.
+        layers: the layers of a plain model to prune, as in `keras_renorm.to_prunable`. Defaults to `None`: all.
+        criterion: what scores the weights; with `calibration` also `"activation"`, `"activity"` and `"obs"`. Defaults to
+            `"magnitude"`.
+        pattern: which weights are removed together. Defaults to `"unstructured"`.
+        group: which weights compete with each other: `"layer"` or `"unit"`. Defaults to `"layer"`.
+        allocation: how the sparsity is divided among the kernels. Defaults to `"global"`: one threshold on the scores for all.
+        renormalize: how the kept weights are rescaled at each pruning. Layers that are prunable already keep their own
+            `criterion`, `pattern`, `group` and `renormalize`. Defaults to `"auto"`.
+        max_rounds: the largest number of rounds. Defaults to `None`: no limit.
+        directory: folder for the state, which is written after every round. If the folder holds the state of the same run, that
+            run is resumed. Only one run at a time can use it. Defaults to `None`: no state is kept.
+        seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`, so that a resumed run ends like one that
+            was not stopped. Defaults to 0.
+        calibration: unlabelled samples, as in `keras_renorm.prune`, for criteria that need them. Defaults to `None`.
+        batch_size: batch size for `calibration`, if it is an array. Defaults to 128.
+        verbose: `"auto"`, 0, 1, or 2: the progress bar. Defaults to `"auto"`.
 
     Returns:
         An `IterativePruning` with `model`, `history`, `sparsity`, and `plot()`.
 
     Raises:
-        ValueError: if an argument is not possible, the metric is not in the logs, the dense model does not hold the floor, or
-            the directory holds the state of another run, is used by another run now, or holds a damaged state.
+        ValueError: if an argument is not possible, the metric is not in the logs, the dense model does not reach the floor, or
+            the directory holds the state of another run, is in use by another run, or holds a damaged state.
 
     Example:
 
@@ -185,7 +190,7 @@ def prune_iteratively(
 
 
 def _scores(model: keras.Model) -> dict[int, np.ndarray]:
-    """The scores of all kernels, each by its layer's own criterion, by the `id` of the variable."""
+    """The scores of all kernels, each by the criterion of its layer, by the `id` of the variable."""
     return {
         id(masked.variable): score(layer.criterion, ops.convert_to_numpy(masked.effective()))
         for layer in prunable_layers(model)
@@ -207,7 +212,7 @@ def _scores_by_data(model: keras.Model, criterion: CalibratedCriterion, samples:
 
 
 def _prune(model: keras.Model, scores: dict[int, np.ndarray], sparsity: float, allocation: Callable) -> None:
-    """Remove the weights with the lowest scores, until the model has the sparsity."""
+    """Remove the weights with the lowest scores until the model has the sparsity."""
     kernels = [(layer, masked) for layer in prunable_layers(model) for masked in layer.masked_kernels]
     most, sizes = [layer.pattern.most for layer, _ in kernels], [masked.size for _, masked in kernels]
     one_weight_each = 1 - len(kernels) / sum(sizes)

@@ -1,4 +1,4 @@
-"""Rounds of pruning by activity, down to the smallest network that still does the task."""
+"""Neural relief: rounds of pruning by activity and retraining."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SMALLEST_STEP = 0.125
 
 @dataclasses.dataclass(frozen=True)
 class NeuralRelief(Outcome):
-    """What `neural_relief` did. Printing it shows the rounds as a table.
+    """The result of `neural_relief`. Print it for a table of the rounds.
 
     `Round.details` of each row of `history` holds:
 
     - `"before"`: the metric after pruning and before retraining;
-    - `"parameters"`: how many are left: weights, biases and normalization weights of units that have connections left;
-    - `"flops"`: of one sample, two for each weight at each position where it is used;
-    - `"units"`: by the name of the layer, how many of its units have connections left.
+    - `"parameters"`: number of remaining parameters: weights, and biases and normalization weights of units with connections;
+    - `"flops"`: floating-point operations for one sample, two for each weight at each position where it is used;
+    - `"units"`: number of units with connections, by the name of the layer.
     """
 
     @property
     def compression(self) -> float:
-        """How many times fewer parameters `model` has than the dense one."""
+        """Parameters of the dense model over remaining parameters of `model`."""
         last = [row for row in self.history if row.held][-1]
         return self.history[0].details["parameters"] / last.details["parameters"]
 
@@ -90,51 +90,54 @@ def neural_relief(
     batch_size: int = 128,
     verbose: int | str = "auto",
 ) -> NeuralRelief:
-    """Keep what carries the activity, remove what no longer does anything, retrain; again and again.
+    """Prune the connections that carry the least activity and retrain, in rounds.
 
-    A round lets samples run through the network and scores every connection by what it carries
-    (`keras_renorm.criteria.Activity`). Each unit keeps the smallest set of connections whose scores reach a share `alpha` of
-    its total. Then connections from what is zero for all samples go, and, from the outputs back, all connections of units
-    that nothing reads any more, through residual and concatenating graphs. The rest is trained with the optimizer and its
-    learning rate as they were at first.
+    A round passes samples through the network and scores every connection by its activity (`keras_renorm.criteria.Activity`).
+    Each unit keeps the smallest set of connections whose scores reach a share `alpha` of its total. Then connections from
+    inputs that are zero for all samples are removed and, from the outputs back, all connections of units that no layer reads
+    any more, also through residual and concatenating graphs. The remaining network is trained with the optimizer and the
+    learning rate that it had at first.
 
-    With a `floor` or a `tolerance`, a round that misses it is taken back and tried again with half as much removed (`1 - alpha`
-    halved, three times at most). Kernels that samples do not serve (recurrent, embedding, your own layers) stay as they are.
+    With a `floor` or a `tolerance`, a round that misses it is undone and repeated with half as much removed (`1 - alpha` is
+    halved, at most three times). Kernels that cannot be scored by samples (recurrent layers, embeddings, your own layers) are
+    not pruned.
 
-    The model passed in stays as it is.
+    The model that is passed in is not changed.
 
     Source: A. Dekhovich, D. Tax, M. Sluiter and M. Bessa, Neural network relief: a pruning algorithm based on neural activity,
-    arXiv 2109.10795. There biases are pruned as well, and in residual networks an operand of a sum that carries less than a
-    share `1 - alpha` of it; here neither is. Floor and going back are added here.
+    arXiv 2109.10795. Deviation: the paper also prunes biases and, in residual networks, an operand of a sum that carries less
+    than a share `1 - alpha` of it; this library does not. The floor and the repetition are additions of this library.
 
     Args:
-        model: a trained and compiled Sequential or Functional model, plain or with prunable layers.
-        data: unlabelled samples to score with (the paper takes 1000), as `calibration` in `keras_renorm.prune`.
-        alpha_conv: share of a unit's activity to keep in convolutions, in (0, 1].
-        alpha_dense: the same in all other layers.
-        rounds: how many rounds at most. It ends before if a round finds nothing to remove.
+        model: a trained and compiled Sequential or Functional model, with plain or prunable layers.
+        data: unlabelled samples to score with, as `calibration` in `keras_renorm.prune`. The paper uses 1000.
+        alpha_conv: share of the activity of a unit to keep in convolutions, in (0, 1]. Defaults to 0.95.
+        alpha_dense: share of the activity of a unit to keep in all other layers, in (0, 1]. Defaults to 0.95.
+        rounds: the largest number of rounds. Pruning ends earlier if a round finds nothing to remove. Defaults to 10.
         fit: the retraining of a round: a dict of arguments of `model.fit`, or a function `model -> logs` (or `History`).
-        metric: name of the metric in the logs of `fit`; its value in the last epoch counts.
-        floor: the value that the metric has to hold; `None` for none.
-        tolerance: how far it may be from the trained model's, in its own units; `None` for any.
-        mode: `"max"` if larger values of the metric are better, `"min"` if smaller ones are, `"auto"` to tell by its name.
-        evaluate: function `model -> metric`, for the value before retraining. By default the model is evaluated on `fit`'s
-            `validation_data`, or on its `x` and `y` if the metric is one of training.
-        layers: which layers of a plain model to prune, as in `keras_renorm.to_prunable`.
-        rewind: a model of the same architecture, whose weights the survivors are given before each retraining, such as a copy
-            made before training: what the paper does for the LeNets. `None` to go on from the trained ones.
-        directory: folder for the state, written after every round. If it holds the state of the same run, the run goes on
-            where it was. One run at a time can have it.
-        seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`.
-        batch_size: how many samples of `data` to run at once, where they come as arrays.
-        verbose: `"auto"`, 0, 1, or 2: the progress bar.
+        metric: name of the metric in the logs of `fit`. Its value in the last epoch counts. Defaults to `"val_accuracy"`.
+        floor: the value that the metric must reach. Defaults to `None`: no floor.
+        tolerance: how much worse than the trained model the metric may be, in its own units. Defaults to `None`: any.
+        mode: `"max"` if larger values of the metric are better, `"min"` if smaller values are, `"auto"` to decide by its name.
+            Defaults to `"auto"`.
+        evaluate: function `model -> metric` for the value before retraining. Defaults to `None`: the model is evaluated on the
+            `validation_data` of `fit`, or on its `x` and `y` if the metric is a training metric.
+        layers: the layers of a plain model to prune, as in `keras_renorm.to_prunable`. Defaults to `None`: all.
+        rewind: a model of the same architecture, such as a copy made before training. Before each retraining, the remaining
+            weights take its values, as the paper does for the LeNets. Defaults to `None`: training continues from the trained
+            values.
+        directory: folder for the state, which is written after every round. If the folder holds the state of the same run, that
+            run is resumed. Only one run at a time can use it. Defaults to `None`: no state is kept.
+        seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`. Defaults to 0.
+        batch_size: batch size for `data`, if it is an array. Defaults to 128.
+        verbose: `"auto"`, 0, 1, or 2: the progress bar. Defaults to `"auto"`.
 
     Returns:
         A `NeuralRelief` with `model` (of plain Keras layers), `history`, `sparsity`, `compression`, and `plot()`.
 
     Raises:
-        ValueError: if an argument is not possible, the metric is not in the logs, the trained model does not hold the floor, or
-            the directory holds the state of another run, is used by another run now, or holds a damaged state.
+        ValueError: if an argument is not possible, the metric is not in the logs, the trained model does not reach the floor,
+            or the directory holds the state of another run, is in use by another run, or holds a damaged state.
 
     Example:
 
@@ -215,7 +218,7 @@ def _keep_shares(model: keras.Model, seen: dict[int, Seen], alpha_conv: float, a
 
 
 def _what_is_left(model: keras.Model, positions: dict[int, int]) -> tuple[int, int, dict[str, int]]:
-    """Parameters, FLOPs of a sample, and units of each prunable layer that have connections."""
+    """The remaining parameters, the operations for a sample, and the units of each prunable layer that have connections."""
     units, alive, flops = {}, {}, 0
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     for layer in prunable_layers(model):
@@ -236,7 +239,7 @@ def _what_is_left(model: keras.Model, positions: dict[int, int]) -> tuple[int, i
 
 
 def _of_dead_units(layer: keras.Layer, alive: np.ndarray) -> int:
-    """How many biases belong to units without connections."""
+    """The number of biases that belong to units without connections."""
     kernels = {id(kernel.variable) for kernel in layer.masked_kernels}
     biases = [v for v in layer.trainable_variables if id(v) not in kernels and int(np.prod(v.shape)) == alive.size]
     return len(biases) * int(np.count_nonzero(~alive))
@@ -269,7 +272,7 @@ def _logged(logs: Mapping[str, float], name: str) -> float:
 
 
 def _early_weights(model: keras.Model, rewind: keras.Model | None) -> list[tuple[keras.Variable, np.ndarray]]:
-    """The variables of a model with prunable layers, each with the value to go back to."""
+    """The variables of a model with prunable layers, each with the value to return to."""
     if rewind is None:
         return []
     validation.check_model(rewind, "rewind")

@@ -1,4 +1,4 @@
-"""What rounds of pruning have to hold, and where they ended."""
+"""The goal of rounds of pruning, and their result."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse", "crossentropy"
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One round: the model was pruned to `sparsity` (by `step`) and trained for `epochs`.
+    """One round of pruning and training. Round 0 is the dense model.
 
-    `held` says whether `metric` held the floor; if not, the model went back to the last round that had. `note` says what else
-    went wrong, `details` what the method has to say of the pruning. Round 0 is the dense model.
+    Args:
+        round: number of the round.
+        sparsity: sparsity of the model in this round.
+        step: the step by which the round pruned.
+        metric: value of the metric after training.
+        held: whether the metric held the floor. If not, the model was restored to the last round that did.
+        epochs: number of epochs of training.
+        seconds: duration of the round.
+        note: what else went wrong.
+        details: what the method reports of the pruning.
     """
 
     round: int
@@ -35,13 +43,13 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Where rounds of pruning ended.
+    """The result of rounds of pruning.
 
     Attributes:
         model: the sparsest model that held the floor, of plain Keras layers.
         history: tuple of `Round`.
         metric: name of the metric.
-        floor: the value that it had to hold, or `None`.
+        floor: the value that the metric had to reach, or `None`.
     """
 
     model: keras.Model
@@ -51,14 +59,14 @@ class Outcome:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros over the prunable weights of `model`."""
+        """Fraction of zeros among the prunable weights of `model`."""
         return max(row.sparsity for row in self.history if row.held)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the rounds: `keras_renorm.plots.history`.
+        """Draw the rounds with `keras_renorm.plots.history`.
 
         Args:
-            ax: matplotlib axes; new ones if `None`.
+            ax: matplotlib axes. Defaults to `None`: new axes.
 
         Returns:
             The axes.
@@ -68,7 +76,9 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What has to be held: `metric` at `floor`, or within `tolerance` of the dense model's; with neither, all is held."""
+    """The goal of a run: `metric` reaches `floor`, or is within `tolerance` of the dense model. With neither, every value
+    holds.
+    """
 
     metric: str
     better: str
@@ -76,7 +86,7 @@ class Goal:
     tolerance: float | None = None
 
     def floor_after(self, dense: float) -> float | None:
-        """The floor, when the metric of the dense model is known."""
+        """The floor, once the metric of the dense model is known."""
         if self.tolerance is None:
             return self.floor
         return dense - self.tolerance if self.better == "max" else dense + self.tolerance
@@ -86,7 +96,7 @@ class Goal:
 
 
 def direction(metric: str, mode: str) -> str:
-    """`"max"` or `"min"`: whether larger or smaller values of a metric are better."""
+    """Whether larger (`"max"`) or smaller (`"min"`) values of a metric are better."""
     if validation.check_choice(mode, ("auto", "max", "min"), "mode") != "auto":
         return mode
     for endings, direction in ((LARGER_IS_BETTER, "max"), (SMALLER_IS_BETTER, "min")):

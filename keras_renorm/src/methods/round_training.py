@@ -17,7 +17,7 @@ from keras_renorm.src.training.optimizers.irrelevance_decay import IrrelevanceDe
 def train(
     model: keras.Model, fit: Any, metric: str, callbacks: Sequence[keras.callbacks.Callback] = ()
 ) -> tuple[float, int, str]:
-    """Train for a round: the metric at its end, the number of epochs, and what went wrong."""
+    """Train for a round, and return the last value of the metric, the number of epochs, and what went wrong."""
     _restart(model.optimizer)
     if callable(fit):
         result = fit(model)
@@ -45,7 +45,7 @@ def _restart(optimizer: Any) -> None:
 
 
 def check_fit(fit: Any, model: keras.Model) -> Any:
-    """`fit` itself, if the model can be trained with it."""
+    """Return `fit` if the model can be trained with it."""
     if not callable(fit) and not isinstance(fit, Mapping):
         raise ValueError(
             f"Argument `fit` must be a dict of arguments of `model.fit`, or a function `model -> logs`. Received: fit={fit!r}."
@@ -56,7 +56,7 @@ def check_fit(fit: Any, model: keras.Model) -> Any:
 
 
 class SeedAgain(keras.callbacks.Callback):
-    """On JAX and PyTorch the first `fit` of a model draws a batch more than later ones: a run that is resumed would differ."""
+    """On JAX and PyTorch the first `fit` of a model draws one batch more than later ones, so that a resumed run would differ."""
 
     def __init__(self, seed: int):
         super().__init__()

@@ -1,6 +1,7 @@
-"""Rounds of pruning and training, with a way back: what the iterative methods share.
+"""Rounds of pruning and training that iterative methods share.
 
-A method says how a round prunes; here are the training, the check against a floor, the state on disk and the history.
+A method defines how a round prunes. This module trains, checks the metric against the floor, restores models, and keeps the
+history and the state on disk.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from keras_renorm.src.methods.run_state import State, copied, optimizer_variable
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the rounds go: the arguments of a method, checked.
+    """The checked arguments of a run of rounds.
 
     Args:
         fit: the training of a round: a dict of arguments of `model.fit`, or a function `model -> logs`.
-        goal: what has to be held.
-        step: how much a round prunes, whatever the method means by it.
-        smallest_step: the step, halved after each round that failed, below which there is no further try.
-        max_rounds: number of rounds after which to end in any case; `None` for no limit.
-        stop_early: whether a round ends as soon as the goal is held.
+        goal: what the metric must reach.
+        step: how much a round prunes, in the units of the method.
+        smallest_step: the smallest step to try. The step is halved after each round that fails.
+        max_rounds: the largest number of rounds; `None` for no limit.
+        stop_early: whether a round ends as soon as the goal is reached.
         seed: round `r` begins with `keras.utils.set_random_seed(seed + r)`.
         verbose: whether to show a progress bar.
     """
@@ -55,23 +56,25 @@ def run_rounds(
     first: Callable[[], tuple[float, dict]] | None = None,
     reset_optimizer: bool = False,
 ) -> State:
-    """Prune, train, check; go on, or go back and halve the step, until the step is too small or nothing is left to prune.
+    """Prune, train and check in rounds, until the step is too small or nothing is left to prune.
+
+    If a round misses the goal, the model is restored and the step is halved.
 
     Args:
-        model: a model with prunable layers, compiled unless `plan.fit` is a function; it ends as the last round that held.
-        prune: what a round does before it trains: prunes `model` by a step and says what there is to say (`Round.details`).
-        plan: how the rounds go.
-        directory: folder for the state; if it holds the state of the same run, the run goes on where it was.
-        settings: what makes the run another one if it changes.
-        first: gives metric and details of the model as it is; `None` to train it in round 0.
-        reset_optimizer: whether every round begins with the optimizer (and its learning rate) as it was at first.
+        model: a model with prunable layers, compiled unless `plan.fit` is a function. It ends as the last round that held.
+        prune: prunes `model` by a step before the training of a round, and returns `Round.details`.
+        plan: the arguments of the run.
+        directory: folder for the state. If it holds the state of the same run, that run is resumed.
+        settings: whatever makes it another run if it changes.
+        first: returns the metric and the details of the model as it is. Defaults to `None`: round 0 trains the model.
+        reset_optimizer: whether every round begins with the first state of the optimizer. Defaults to `False`.
 
     Returns:
-        Where the run ended.
+        The final `State`.
 
     Raises:
-        ValueError: if the metric is not in the logs, the dense model does not hold the floor, or the directory holds the state
-            of another run, is used by another run now, or holds a damaged state.
+        ValueError: if the metric is not in the logs, the dense model does not reach the floor, or the directory holds the state
+            of another run, is in use by another run, or holds a damaged state.
     """
     if model.compiled and model.optimizer:
         model.optimizer.build(model.trainable_variables)
@@ -115,7 +118,7 @@ def _run(
 
 
 def _begin(model: keras.Model, plan: Plan, first: Callable[[], tuple[float, dict]] | None, began: str) -> State:
-    """Round 0: the dense model, trained unless `first` tells its metric."""
+    """Round 0: the dense model, which is trained unless `first` returns its metric."""
     goal = plan.goal
     keras.utils.set_random_seed(plan.seed)
     started = time.monotonic()
@@ -137,10 +140,13 @@ def _begin(model: keras.Model, plan: Plan, first: Callable[[], tuple[float, dict
 
 
 def _play(model: keras.Model, prune: Callable[[float], dict], plan: Plan, state: State, fresh: list) -> Round | None:
-    """Prune and train once; `None` if there was nothing left to prune.
+    """Prune and train once.
 
     Args:
-        fresh: the values with which the optimizer begins; empty to let it go on.
+        fresh: values to which the optimizer is reset; empty to keep its state.
+
+    Returns:
+        The `Round`; `None` if there was nothing left to prune.
     """
     number, present, started = state.rounds + 1, sparsity_of(model), time.monotonic()
     keras.utils.set_random_seed(plan.seed + number)

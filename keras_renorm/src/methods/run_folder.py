@@ -1,4 +1,4 @@
-"""The state of a run on disk: whole or not at all, checked before it is used, and for one run at a time."""
+"""The state of a run on disk: written as a whole, checked before use, and used by one run at a time."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _guard = threading.Lock()
 
 
 class RunFolder:
-    """A folder with a record (JSON) and the arrays that belong to it; a context, in which no other run can have it.
+    """A folder with a record (JSON) and its arrays. As a context manager it locks the folder against other runs.
 
-    Every file is written to another name first, so that a kill at any moment leaves a whole state. The record holds a digest of
-    itself and one of the arrays' file: what was cut, changed, or left behind by another run is never used.
+    Every file is first written under another name, so that a kill at any moment leaves a complete state. The record holds a
+    digest of itself and a digest of the file of arrays: a file that is cut off, changed, or left by another run is never used.
 
     Args:
-        path: the folder; it is made where it is missing.
-        run: what makes the run another one if it changes, as JSON can say it.
+        path: the folder, which is created if it does not exist.
+        run: whatever makes it another run if it changes, in JSON types.
 
     Raises:
-        ValueError: if the folder cannot be used, or another run has it.
+        ValueError: if the folder cannot be used, or another run uses it.
     """
 
     def __init__(self, path: str | os.PathLike, run: Any):
@@ -76,10 +76,10 @@ class RunFolder:
             os.close(self._lock)
 
     def read(self) -> tuple[dict, list[np.ndarray]] | None:
-        """The record and the arrays that are there; `None` if there are none.
+        """Read the record and its arrays; `None` if there are none.
 
         Raises:
-            ValueError: if they are those of another run, or not whole.
+            ValueError: if they belong to another run, or are damaged.
         """
         record = self.path / _RECORD
         if not record.exists():
@@ -109,15 +109,15 @@ class RunFolder:
             self._refuse(file, "was cut or changed, or belongs to another run", error)
 
     def write(self, state: dict, number: int, arrays: Sequence[np.ndarray]) -> None:
-        """Put a state in the place of the one that is there.
+        """Replace the state.
 
         Args:
-            state: as JSON can say it.
-            number: of the arrays; those that were written with the same number before are taken to be the same.
-            arrays: what belongs to it.
+            state: the record, in JSON types.
+            number: number of the arrays. Arrays that were written with the same number before are taken to be the same.
+            arrays: the arrays of the record.
 
         Raises:
-            OSError: if a file cannot be written; the state before stays.
+            OSError: if a file cannot be written. The previous state remains.
         """
         file = self._file(number)
         if self._arrays.get("number") != number:
@@ -151,7 +151,7 @@ class RunFolder:
             raise
 
     def _locked(self) -> int:
-        """The open file of the lock, which ends with the process, however that ends."""
+        """Open and lock the lock file. The lock ends with the process, however that ends."""
         path = self.path / _LOCK
         while True:
             file = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -186,7 +186,7 @@ class RunFolder:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """A number in hexadecimal digits that no other bytes have."""
+    """A hexadecimal digest of bytes."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part)

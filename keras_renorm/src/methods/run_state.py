@@ -18,7 +18,7 @@ from keras_renorm.src.methods.run_folder import RunFolder, digest
 
 
 class State:
-    """Where a run is: the last model that held, what comes next, and a digest of the weights that it began with."""
+    """The state of a run: the last model that held, the next step, and a digest of the first weights."""
 
     def __init__(self, floor: float | None, step: float, history: list[Round], values: list[np.ndarray], began: str):
         self.floor, self.step, self.history, self.values, self.began = floor, step, history, values, began
@@ -28,12 +28,12 @@ class State:
         return len(self.history) - 1
 
     def accept(self, row: Round, model: keras.Model) -> None:
-        """Go on from the model as it is now."""
+        """Continue from the present model."""
         self.history.append(row)
         self.values = [copied(variable) for variable in _variables(model)]
 
     def reject(self, row: Round, model: keras.Model) -> None:
-        """Go back to the last model that held, and halve the step."""
+        """Restore the last model that held, and halve the step."""
         self.history.append(row)
         self.step /= 2
         self.restore(model)
@@ -44,7 +44,7 @@ class State:
 
 
 def read(folder: RunFolder, model: keras.Model, began: str) -> State | None:
-    """The state that is on disk, its model's values assigned; `None` if there is none."""
+    """Read the state on disk and assign its values to the model; `None` if there is no state."""
     found = folder.read()
     if found is None:
         return None
@@ -68,7 +68,7 @@ def write(folder: RunFolder, state: State) -> None:
 
 
 def fingerprint(model: keras.Model, settings: Mapping[str, Any]) -> list:
-    """What makes a run another one if it changes."""
+    """Everything that makes it another run if it changes."""
     # Variables not by their paths, which count how many models were made before.
     variables = [(variable.name, list(variable.shape), variable.dtype) for variable in model.variables]
     pruning = [
@@ -79,35 +79,35 @@ def fingerprint(model: keras.Model, settings: Mapping[str, Any]) -> list:
 
 
 def name_of(rule: Any) -> str:
-    """What a criterion, a pattern or a function is called in every process; the `repr` of a function is not."""
+    """A name of a criterion, a pattern or a function that is the same in every process. The `repr` of a function is not."""
     if isinstance(rule, Configurable) or rule is None:
         return repr(rule)
     return rule.__qualname__ if hasattr(rule, "__qualname__") else type(rule).__qualname__
 
 
 def weights_digest(model: keras.Model) -> str:
-    """What tells models of the same architecture apart; without random states, which no two models share."""
+    """A digest that tells models of the same architecture apart. Random states are left out, since no two models share them."""
     return digest(copied(variable).tobytes() for variable in model.weights)
 
 
 def optimizer_chain(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and those that it wraps."""
+    """An optimizer and the optimizers that it wraps."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
 def copied(variable: keras.Variable) -> np.ndarray:
-    """Its value, in memory of its own: on PyTorch an array may share the variable's.
+    """The value of a variable, in memory of its own: on PyTorch an array may share the memory of the variable.
 
-    Half-precision values come as float32, which holds them all and which every file format knows.
+    Half-precision values are returned as float32, which every file format knows.
     """
     value = ops.convert_to_numpy(variable)
     return np.array(value, "float32" if value.dtype.kind == "V" else value.dtype)
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:
-    """All that a training changes."""
+    """All variables that training changes."""
     return [*model.variables, *optimizer_variables(model)]
 
 

@@ -14,25 +14,27 @@ MOVEMENT = ("absolute", "relative")
 
 
 class DissipatingGradients(Search):
-    """Removes the weights that hardly moved in the first epochs of training, whatever their magnitude.
+    """Removes the weights that hardly move in the first epochs of training, whatever their magnitude.
 
-    At the end of each search epoch the weights that moved least since training began are removed, a share of them each time;
-    then training goes on sparse. Works with prunable layers of every kind; their pattern, group and renormalization apply.
+    At the end of each search epoch the weights that have moved least since training began are removed, an equal share each
+    time. Then training continues with the sparse model. The callback works with every prunable layer, and uses the pattern,
+    group and renormalizer of the layer.
 
-    Source: M. Haroon, arXiv 2209.02201. Its rule is `movement="relative"` with a `fraction`: remove `w` where
-    `|w - w0| <= fraction * |w0|`. By default the movement itself counts, which keeps more accuracy.
+    Source: M. Haroon, arXiv 2209.02201. The rule of the paper is `movement="relative"` with a `fraction`: remove `w` if
+    `|w - w0| <= fraction * |w0|`. Deviation: by default the absolute movement counts, which keeps more accuracy.
 
     Args:
-        sparsity: fraction of the weights of the prunable layers to remove in the end, in [0, 1); or
-        fraction: how far a weight must have moved to stay, as a fraction of its start (`"relative"`) or of the mean magnitude
-            of its kernel at the start (`"absolute"`). The data then decide the sparsity. Pass one of the two.
-        search_epochs: number of epochs after each of which weights are removed.
-        movement: `"absolute"` (default), `|w - w0|`, or `"relative"`, `|w - w0| / |w0|`.
-        allocation: how `sparsity` is divided among kernels, as in `keras_renorm.prune`.
+        sparsity: fraction of the weights of the prunable layers to remove in the end, in [0, 1). Defaults to `None`.
+        fraction: how far a weight must move to be kept, as a fraction of its first value (`movement="relative"`) or of the mean
+            magnitude of the first values of its kernel (`"absolute"`). The data then decide the sparsity. Pass either
+            `sparsity` or `fraction`. Defaults to `None`.
+        search_epochs: number of epochs after each of which weights are removed. Defaults to 2.
+        movement: `"absolute"` for `|w - w0|`, or `"relative"` for `|w - w0| / |w0|`. Defaults to `"absolute"`.
+        allocation: how `sparsity` is divided among the kernels, as in `keras_renorm.prune`. Defaults to `"balanced"`.
 
     Raises:
-        ValueError: if an argument is not possible; when training begins, if the model has no prunable layers, their patterns
-            cannot give the sparsity, the fit is shorter than the search, or the optimizer cannot be recorded.
+        ValueError: if an argument is not possible; when training begins, if the model has no prunable layers, their patterns do
+            not allow the sparsity, the training is shorter than the search, or the optimizer cannot be recorded.
 
     Example:
 

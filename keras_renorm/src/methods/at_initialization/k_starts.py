@@ -17,35 +17,37 @@ RECOMBINE = ("weight", "unit", None)
 
 
 class KStarts(Search):
-    """Draws `k` random masks for every kernel, trains for a few epochs, and keeps the fittest.
+    """Draws `k` random masks for every kernel, trains for a few epochs, and keeps the fittest mask.
 
-    A candidate's fitness is what its kept weights have together: of magnitude, of gradient magnitude over the last epoch, or
-    of both. Whole random masks of a large kernel are all nearly equally fit, by the law of large numbers. So by default
-    candidates are recombined, as in evolutionary search: the offspring takes the fittest of all weights that some candidate
-    keeps. (As fitness is a sum over weights, no longer line of generations among these candidates gets any further.)
+    The fitness of a candidate is the sum over its kept weights of their magnitude, of their gradient magnitude in the last
+    epoch, or of both. By the law of large numbers, all random masks of a large kernel are nearly equally fit. Therefore
+    candidates are recombined by default, as in evolutionary search: the offspring takes the fittest of all weights that any
+    candidate keeps. (Fitness is a sum over weights, so further generations among the same candidates do not improve it.)
 
-    Candidates are never stored: each is drawn again from its seed when it is needed.
+    Candidates are not stored: each is drawn again from its seed when it is needed.
 
-    Source: M. Haroon, arXiv 2209.02201. Recombination, of which the paper's abstract says nothing, and the share of the total
-    as unit of fitness are this library's.
+    Source: M. Haroon, arXiv 2209.02201. Deviation: recombination, which the abstract of the paper does not mention, and fitness
+    as a share of the total are choices of this library.
 
     Args:
         sparsity: fraction of the weights of the prunable layers to remove, in [0, 1).
-        k: number of candidates for each kernel.
-        search_epochs: number of epochs to train before the choice.
-        fitness: `"magnitude"`, `"gradient"` (the sum of `|gradient|` over an epoch) or `"combined"` (both, each divided by its
-            mean over the kernel).
-        recombine: `"weight"` (default), the best mask that can be made of the candidates; `"unit"`, each unit takes the
-            fittest of its `k` candidates; or `None`, one candidate for the whole kernel, the plain reading of the paper.
-        after: what goes before: a `DissipatingGradients`, whose search epochs come first and among whose survivors candidates
-            are drawn; or `"dissipating_gradients"`, one epoch of it. Both methods then remove the same share of what they find.
-        allocation: how `sparsity` is divided among kernels, as in `keras_renorm.prune`.
-        seed: integer. The same seed draws the same candidates.
+        k: number of candidates for each kernel. Defaults to 32.
+        search_epochs: number of epochs to train before the choice. Defaults to 2.
+        fitness: `"magnitude"`, `"gradient"` (the sum of `|gradient|` over an epoch) or `"combined"` (the sum of both, each
+            divided by its mean over the kernel). Defaults to `"magnitude"`.
+        recombine: `"weight"` for the best mask that can be made of the candidates, `"unit"` for the fittest candidate of each
+            unit, or `None` for one candidate for the whole kernel, which is the plain reading of the paper. Defaults to
+            `"weight"`.
+        after: a `DissipatingGradients` that searches first; candidates are then drawn among the weights that it keeps. Or
+            `"dissipating_gradients"` for one epoch of it, in which case both methods remove the same share of the weights that
+            they find. Defaults to `None`.
+        allocation: how `sparsity` is divided among the kernels, as in `keras_renorm.prune`. Defaults to `"balanced"`.
+        seed: integer. The same seed draws the same candidates. Defaults to 0.
 
     Attributes:
-        history: list with a dict for each search epoch, by the path of the kernel: `candidates`, the fitness of each candidate
-            as a share of what all weights have together, and `best`, that of the mask which the epoch would choose. The logs
-            hold the mean of the latter as `fitness`.
+        history: list with one dict for each search epoch, by the path of the kernel: `candidates` is the fitness of each
+            candidate as a share of the fitness of all weights together, `best` is that of the mask which the epoch would
+            choose. The logs hold the mean of `best` as `fitness`.
 
     Raises:
         ValueError: as for `DissipatingGradients`.

@@ -12,7 +12,7 @@ from keras_renorm.src.training.optimizers.recorder import Recorder
 
 
 def put_recorder_on(model: keras.Model, method: str, gradients: bool, start: bool) -> Recorder:
-    """The recorder among the optimizers of a model, put there if there is none."""
+    """Return the recorder of the optimizer of a model. Wrap the optimizer in a recorder if it has none."""
     optimizer = model.optimizer
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
@@ -49,7 +49,7 @@ def take_recorder_off(model: keras.Model) -> None:
 
 
 def _replace_optimizer(model: keras.Model, old: Any, new: Any) -> None:
-    """Train on with another optimizer, without compiling anew: metrics and losses stay as they are."""
+    """Replace the optimizer without compiling the model again: metrics and losses are kept."""
     if model.optimizer is old:
         model.optimizer = new
     else:

@@ -19,10 +19,10 @@ from keras_renorm.src.training.optimizers.recorder import Recorder
 
 
 class Search(keras.callbacks.Callback):
-    """Base class: a callback that sets masks at the end of each of the first epochs of `model.fit`.
+    """Base class of callbacks that set masks at the end of each of the first epochs of `model.fit`.
 
-    A search is a chain of phases, each a callback of this class that defines `select`. Epochs count as Keras counts them, so
-    that a run which goes on (`fit(..., initial_epoch=1)`) goes on with its search.
+    A search is a chain of phases. Each phase is a callback of this class that defines `select`. Epochs count as in Keras, so
+    that a resumed training (`fit(..., initial_epoch=1)`) resumes its search.
     """
 
     needs_gradients = False
@@ -40,11 +40,11 @@ class Search(keras.callbacks.Callback):
         raise NotImplementedError
 
     def log(self, logs: dict) -> None:
-        """Write what `select` found out into the logs of the epoch."""
+        """Write the results of `select` to the logs of the epoch."""
 
     @property
     def phases(self) -> list[Search]:
-        """The phases of the search, in order, this one last."""
+        """The phases of the search in order. This callback is the last."""
         return [*(self.after.phases if self.after else []), self]
 
     @property
@@ -144,7 +144,7 @@ class Search(keras.callbacks.Callback):
             self._recorder = None
 
     def tasks(self, model: keras.Model, recorder: Recorder | None) -> Iterator[tuple[SearchedKernel, float | None]]:
-        """Every kernel of the model with the sparsity that it is to have in the end, one kernel at a time in memory."""
+        """Every kernel of the model with its final sparsity, one kernel at a time in memory."""
         kernels = [(layer, masked) for layer in prunable_layers(model) for masked in layer.masked_kernels]
         sparsities = [None] * len(kernels)
         if self.sparsity is not None:

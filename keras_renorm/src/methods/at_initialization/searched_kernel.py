@@ -1,4 +1,4 @@
-"""One kernel of a model, with what a search knows of it, as arrays."""
+"""One kernel of a model during a search, as arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from keras_renorm.src.training.optimizers.recorder import Recorder
 
 
 class SearchedKernel:
-    """One kernel of a model, with what a search knows of it, as arrays."""
+    """One kernel of a model during a search, as arrays."""
 
     def __init__(self, layer: PrunableLayer, masked: PrunableKernel, index: int, recorder: Recorder | None):
         self.layer, self.masked, self.index, self._recorder = layer, masked, index, recorder
@@ -45,7 +45,7 @@ class SearchedKernel:
         return getattr(self._recorder, what)(self.masked.variable)
 
     def best(self, scores: np.ndarray, sparsity: float, group: str | None = None, among: np.ndarray | None = None):
-        """The mask that keeps the highest scores, of what is left (or of `among`)."""
+        """The mask that keeps the highest scores among the kept weights (or among those of `among`)."""
         return masks.compute_mask(
             scores,
             sparsity,
@@ -56,7 +56,7 @@ class SearchedKernel:
         )
 
     def update(self, mask: np.ndarray) -> tuple[PrunableKernel, np.ndarray, np.ndarray]:
-        """What to assign for the kernel to have a mask: the kernel, the mask and the scales that go with it."""
+        """The kernel, the mask and the scales to assign."""
         if mask is self.mask:
             return self.masked, mask, self.scale
         scale = new_scale(self.kernel, self.mask, mask, self.scale, self.layer.renormalize, self.masked.input_axes)
