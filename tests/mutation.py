@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Threads do not survive a fork.
+os.environ |= {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
 import keras
 import pytest
@@ -182,6 +184,9 @@ def main():
     faults = sorted(random.Random(0).sample(faults, min(arguments.most, len(faults))))
     plugin = Mutation(path, faults, arguments.seconds)
     keras.utils.set_random_seed(0)  # imports what each process would import
+    if keras.backend.backend() == "tensorflow":
+        # Compiled functions run in threads of their own.
+        importlib.import_module("tensorflow").config.run_functions_eagerly(True)
     mirrored = str(ROOT / "tests" / folder / f"test_{name}.py")
     if pytest.main(["-q", "-p", "no:cacheprovider", *(tests or [mirrored])], plugins=[plugin]):
         sys.exit("The tests fail without any fault, or there are none.")
