@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.core import validation
+from keras_renorm.src.core.keras_internals import save_with_optimizer
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.events import effective, in_float, new_scale
 from keras_renorm.src.layers.prunable import PrunableKernel, PrunableLayer, prunable_layers, sparsity_of
@@ -471,7 +472,7 @@ def _replace_optimizer(model: keras.Model, old: Any, new: Any) -> None:
     else:
         model.optimizer.inner_optimizer = new
     # What `model.save` writes down, for the optimizer's variables to find their place when it is loaded.
-    model._compile_config.config["optimizer"] = new
+    save_with_optimizer(model, new)
     model.train_function = None
     model.make_train_function()
 
