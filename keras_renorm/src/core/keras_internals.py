@@ -6,7 +6,6 @@ which it is.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,6 @@ from keras.src.ops import nn, numpy
 from keras.src.ops.function import make_node_key
 from keras.src.ops.node import KerasHistory, Node
 from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import DotNotTrackScope, Tracker
 
 __all__ = ["Functional", "KerasSaveable", "Node", "Tracker"]
@@ -211,16 +209,15 @@ def set_history(tensor: keras.KerasTensor, operation: keras.Operation, node_inde
 # Training
 
 
-@functools.cache
-def _trainer_of(cls: type) -> type:
-    return next(base for base in cls.__mro__ if issubclass(base, Trainer) and not issubclass(base, keras.Model))
+# The base class of `keras.Model` that trains, as the backend has it.
+_TRAINER = next(base for base in keras.Model.__mro__ if not issubclass(base, keras.Layer))
 
 
-def before_training(model: keras.Model) -> dict[str, Any]:
-    """The attributes of a model that Keras' trainer sets, as they are before `compile`."""
-    trainer = _trainer_of(type(model))
-    fresh = object.__new__(trainer)
-    trainer.__init__(fresh)
+def before_training() -> dict[str, Any]:
+    """The attributes that Keras gives a model to train, as they are before `compile`."""
+    fresh = object.__new__(_TRAINER)
+    _TRAINER.__init__(fresh)
+    # Whether a `compute_loss` of the model's own has an argument is no matter of training.
     return {key: value for key, value in vars(fresh).items() if key != "_compute_loss_has_training_arg"}
 
 

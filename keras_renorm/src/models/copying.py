@@ -179,7 +179,7 @@ class Copier:
         state = dict(vars(value))
         if isinstance(value, keras.Model):
             state = {key: item for key, item in state.items() if key not in keras_internals.OF_TRAINING}
-            state |= keras_internals.before_training(value)
+            state |= keras_internals.before_training()
         if isinstance(value, keras.Operation):
             state |= {key: make() for key, make in keras_internals.OF_CALLS.items() if key in state}
             state = {key: item for key, item in state.items() if key not in _OF_TENSORFLOW}
