@@ -89,9 +89,12 @@ def lock_variables(layer: keras.Layer) -> None:
 
 def replace_variable(layer: keras.Layer, variable: keras.Variable, other: keras.Variable) -> None:
     """List another variable in the place of one of a layer's own."""
-    stores = ("trainable_variables", "non_trainable_variables")
-    store = next(name for name in stores if layer._tracker.is_in_store(name, variable))
-    layer._tracker.replace_tracked_value(store, variable, other)
+    tracker = layer._tracker
+    store = next(name for name in ("trainable_variables", "non_trainable_variables") if tracker.is_in_store(name, variable))
+    _, variables = tracker.config[store]
+    # By identity: the tracker's own `replace_tracked_value` compares values.
+    variables[:] = [other if one is variable else one for one in variables]
+    renew_ids(tracker)
 
 
 def renew_ids(tracker: Tracker) -> None:
