@@ -784,8 +784,9 @@ def _concatenate(call: Call) -> type | None:
 
 
 # Attributes of layers, initializers and constraints that are sequences and say nothing of single channels.
-_GEOMETRY = {"axis", "call_signature_parameters", "cropping", "dilation_rate", "input_spec", "kernel_size", "masked_kernels"}
-_GEOMETRY |= {"padding", "partial_output_shape", "pool_size", "shared_axes", "size", "state_size", "strides", "target_shape"}
+_GEOMETRY = {"axis", "call_signature_parameters", "cropping", "dilation_rate", "input_spec", "kernel_shape", "kernel_size"}
+_GEOMETRY |= {"masked_kernels", "padding", "partial_output_shape", "pool_size", "shared_axes", "size", "state_size", "strides"}
+_GEOMETRY |= {"target_shape"}
 _CHANNEL_BY_CHANNEL = (
     *(L.MaxPooling1D, L.MaxPooling2D, L.MaxPooling3D, L.AveragePooling1D, L.AveragePooling2D, L.AveragePooling3D),
     *(L.GlobalMaxPooling1D, L.GlobalMaxPooling2D, L.GlobalMaxPooling3D),
