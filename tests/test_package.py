@@ -48,6 +48,35 @@ def test_imports_point_one_way(path):
             assert other == room or ROOMS.index(other) < ROOMS.index(room), f"{room} imports {imported}"
 
 
+INTERNALS = ROOT / "src" / "core" / "keras_internals.py"
+# Of named tuples, and of what `tf.function` makes.
+NOT_OF_KERAS = {"_make", "_jit_compile"}
+
+
+def private_names(path):
+    """Private names in a module: those of its classes' own, of attributes of anything, and in strings."""
+    own, attributes, strings = set(), set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.FunctionDef(name=name) | ast.Attribute(ast.Name("self"), name, ast.Store()) if name.startswith("_"):
+                own.add(name)
+            case ast.Attribute(_, name) if re.match("_[a-z]", name):
+                attributes.add((getattr(node.value, "id", None), name))
+            case ast.Constant(str(name)) if re.fullmatch(r"_[a-z]\w*", name):
+                strings.add(name)
+    return own, attributes, strings
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != INTERNALS], ids=str)
+def test_internals_of_keras_are_used_in_one_module(path):
+    assert "keras.src" not in path.read_text()
+    _, attributes, strings = private_names(INTERNALS)
+    of_keras = {name for _, name in attributes} | strings
+    own, attributes, strings = private_names(path)
+    assert {name for owner, name in attributes if owner not in ("self", "cls") or name in of_keras - own} <= NOT_OF_KERAS
+    assert not strings & of_keras
+
+
 def test_importing_it_changes_nothing():
     """Neither the environment, nor Keras' classes, nor what `tf.keras` will be."""
     code = """if True:

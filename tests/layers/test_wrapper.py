@@ -193,6 +193,7 @@ def test_a_stateful_layer_keeps_its_state():
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.filterwarnings("ignore:.*were skipped because they do not support quantization")
 def test_quantizing_the_inner_layer_is_refused():
     model = keras.Sequential([keras.Input((5, 8)), keras.layers.EinsumDense("abc,cd->abd", output_shape=(5, 4))])
     model = kr.to_prunable(model)

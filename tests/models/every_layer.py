@@ -98,6 +98,7 @@ MAKE: dict[str, Callable[[], keras.Layer]] = {
     "SpatialDropout3D": lambda: L.SpatialDropout3D(0.3),
     "SpectralNormalization": lambda: L.SpectralNormalization(L.Dense(4)),
     "StringLookup": lambda: _adapted(L.StringLookup(), np.array(["a", "c"])),
+    "TernaryDense": lambda: L.TernaryDense(4),
     "TextVectorization": _texts,
     "TimeDistributed": lambda: L.TimeDistributed(L.Dense(3)),
     "Wrapper": lambda: _Bias(L.Dense(4)),
@@ -105,7 +106,7 @@ MAKE: dict[str, Callable[[], keras.Layer]] = {
 _BY_RANK = {"1D": _SEQUENCE, "2D": _IMAGE, "3D": _VOLUME}
 _IMAGES = (
     *("AugMix", "AutoContrast", "CenterCrop", "ContrastLimitedAdaptiveHistogramEqualization", "CutMix", "Equalization"),
-    *("MixUp", "Pipeline", "RandAugment", "Resizing", "Solarization", "MaxNumBoundingBoxes"),
+    *("Mosaic", "MixUp", "Pipeline", "RandAugment", "Resizing", "Solarization", "MaxNumBoundingBoxes"),
 )
 _TWICE = ("Add", "Average", "Concatenate", "Dot", "Maximum", "Minimum", "Multiply", "Subtract")
 # Name: shapes of the inputs (without the batch) and their type; for those that no rule below covers.

@@ -26,7 +26,10 @@ def test_what_a_model_is_called_with_is_for_its_layers():
     block = keras.Sequential([keras.Input((4,)), L.Dropout(0.5, name="inner")])
     x = L.Dropout(0.5, name="outer")(block(inputs, training=True))
     model = keras.Model(inputs, x)
-    assert [(call.operation.name, call.training) for call in graph_of(model).calls] == [("inner", True), ("outer", False)]
+    training = {call.operation.name: call.training for call in graph_of(model).calls}
+    assert training["inner"] is True
+    # Keras from 3.16 on leaves it open here.
+    assert training["outer"] in (False, None)
     again = remake(model, graph_of(model), lambda call: call.operation)
     assert len(np.unique(ops.convert_to_numpy(again(np.ones((50, 4)))))) == 2
 

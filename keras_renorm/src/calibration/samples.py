@@ -15,7 +15,15 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.models import Functional
+
+from keras_renorm.src.core.keras_internals import (
+    Functional,
+    flatten_layers,
+    functional_in,
+    inputs_structure,
+    nodes_of,
+    standardize_inputs,
+)
 
 # More than this is taken for a generator that never ends.
 MOST_SAMPLES = 1_000_000
@@ -37,7 +45,7 @@ class Samples:
 
     def __init__(self, data: Any, model: keras.Model, batch_size: int):
         self._inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
-        self._structure = getattr(model, "_inputs_struct", None)
+        self._structure = inputs_structure(model)
         self._name = model.name
         self._spool = None
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
@@ -234,7 +242,7 @@ def _constant_inputs(samples: Samples) -> list[str]:
 def _what_is_unlike(model: keras.Model, batch: Any) -> str | None:
     """What the first layer that knows how its inputs are scaled says of a batch."""
     kinds = (keras.layers.BatchNormalization, keras.layers.Normalization, keras.layers.Rescaling)
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
+    layers = [layer for layer in flatten_layers(model) if isinstance(layer, kinds)]
     with np.errstate(all="ignore"):
         for call in observe(lambda: model(batch, training=False), layers) if layers else []:
             inputs = ops.convert_to_numpy(call.inputs)
@@ -443,12 +451,11 @@ class _Graph:
 
     def __init__(self, model):
         self._model = model
-        graph = getattr(model, "_functional", None) or model
+        graph = functional_in(model) or model
         self._graph = graph if isinstance(graph, Functional) else None
         self._nodes = []
         if self._graph is not None:
-            by_depth = self._graph._nodes_by_depth
-            self._nodes = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+            self._nodes = [node for node in nodes_of(self._graph) if not node.is_input]
         self._last_use = {id(tensor): index for index, node in enumerate(self._nodes) for tensor in node.input_tensors}
         self._training = {
             id(node.operation): {"training": False} if "training" in inspect.signature(node.operation.call).parameters else {}
@@ -458,7 +465,7 @@ class _Graph:
     def position(self, layers) -> int:
         wanted = set(map(id, layers))
         for index, node in enumerate(self._nodes):
-            parts = node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else []
+            parts = flatten_layers(node.operation) if isinstance(node.operation, keras.Layer) else []
             if any(id(part) in wanted for part in parts):
                 return index
         return 0
@@ -466,7 +473,7 @@ class _Graph:
     def start(self, batch) -> dict:
         if self._graph is None:
             return {None: batch}
-        return {id(key): value for key, value in zip(self._graph.inputs, self._graph._standardize_inputs(batch))}
+        return {id(key): value for key, value in zip(self._graph.inputs, standardize_inputs(self._graph, batch))}
 
     def run(self, values: dict, start: int, stop: int | None = None) -> dict:
         """Run the operations from `start` up to `stop`; returns the tensors that those behind need."""

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.calibration.samples import Samples, observe
+from keras_renorm.src.core.keras_internals import flatten_layers
 from keras_renorm.src.core.moments import Accumulator, InputSizes, SizeAccumulator
 from keras_renorm.src.layers.linear import LinearPart, linear_parts
 
@@ -44,8 +45,8 @@ def see(model: keras.Model, samples: Samples, statistics: type) -> dict[int, See
         What is known of each kernel, by the `id` of its variable. Kernels that the samples do not reach, and those of layers
         that are not known as matrix products (recurrent, embeddings, your own), are not there.
     """
-    parts = {id(layer): found for layer in model._flatten_layers() if (found := linear_parts(layer))}
-    layers = [layer for layer in model._flatten_layers() if id(layer) in parts]
+    parts = {id(layer): found for layer in flatten_layers(model) if (found := linear_parts(layer))}
+    layers = [layer for layer in flatten_layers(model) if id(layer) in parts]
     gather = _Sizes if statistics is InputSizes else _Moments
     gathered: dict[int, tuple[LinearPart, Any]] = {}
     for batch in samples:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
+from keras_renorm.src.core.keras_internals import flatten_layers, inputs_structure
 from keras_renorm.src.export import failures
 from keras_renorm.src.export.inputs import fixed_batch_of, input_names
 
@@ -53,7 +54,7 @@ def convert(
 
 def layer_names(model: keras.Model) -> frozenset[str]:
     """Names of the layers in a model, those within others too."""
-    return frozenset(layer.name for layer in model._flatten_layers() if not isinstance(layer, keras.Model))
+    return frozenset(layer.name for layer in flatten_layers(model) if not isinstance(layer, keras.Model))
 
 
 @contextlib.contextmanager
@@ -95,5 +96,5 @@ def _with_batch(model: keras.Model) -> list:
     def fix(tensor):
         return keras.layers.InputSpec(shape=(tensor.shape[0] or 1, *tensor.shape[1:]), dtype=tensor.dtype, name=tensor.name)
 
-    structure = getattr(model, "_inputs_struct", None)
+    structure = inputs_structure(model)
     return [keras.tree.map_structure(fix, model.inputs[0] if structure is None else structure)]

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_renorm.src.core.keras_internals import inputs_structure
+
 SAMPLES = 8
 # How long sides of any length are tried to be: "valid" convolutions need more than a few, position embeddings have an end.
 FREE_SIDES = (32, 8, 64, 128, 256, 512)
@@ -81,7 +83,7 @@ def as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]:
 
 def _is_structured(model: keras.Model, data: Any) -> bool:
     """Whether samples are nested as the inputs of a model are."""
-    structure = getattr(model, "_inputs_struct", None)
+    structure = inputs_structure(model)
     if not keras.tree.is_nested(structure):
         return False
     try:
@@ -156,5 +158,5 @@ def answer(model: keras.Model, inputs: list[np.ndarray]) -> Any:
 
 def structured(model: keras.Model, inputs: list[np.ndarray]) -> Any:
     """Flat inputs in the structure that the model takes."""
-    structure = getattr(model, "_inputs_struct", None)
+    structure = inputs_structure(model)
     return keras.tree.pack_sequence_as(structure, inputs) if structure is not None else inputs[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_renorm.src.core.keras_internals import build_shapes, flatten_layers, inputs_structure, outputs_structure
 from keras_renorm.src.export.inputs import in_half
 from keras_renorm.src.export.narrowing import narrow_layers
 from keras_renorm.src.export.repair import repair_head
@@ -28,12 +29,12 @@ def prepare(
         sparse: whether tensors are stored without their zeros.
     """
     notes = []
-    if any(map(in_half, model._flatten_layers())):
+    if any(map(in_half, flatten_layers(model))):
         model, _ = copy_model(model, _in_float32)
         notes.append("Computes in float32: TFLite has no kernels for the layers that Keras computed in half precision.")
     if functional_of(model) is None:
         return model, notes
-    if unroll and any(_loops(layer) for layer in model._flatten_layers(include_self=False)):
+    if unroll and any(_loops(layer) for layer in flatten_layers(model, include_self=False)):
         model, _ = copy_model(model, _unrolled)
         notes.append("Recurrent layers are unrolled: TensorFlow's converter crashes where it calibrates a loop.")
     model, of_head = repair_head(model)
@@ -46,12 +47,12 @@ def flattened(model: keras.Model) -> tuple[keras.Model, list[str]]:
 
     It shares its layers with the model that is passed in.
     """
-    outputs = getattr(model, "_outputs_struct", None)
+    outputs = outputs_structure(model)
     parts = list(outputs.values()) if isinstance(outputs, dict) else outputs if isinstance(outputs, (list, tuple)) else []
     if not any(map(keras.tree.is_nested, parts)):
         return model, []
     names = ", ".join(f"`output_{index}` is {path}" for index, path in enumerate(_paths(outputs)))
-    flat = keras.Model(model.inputs, keras.tree.flatten(model(model._inputs_struct)), name=model.name)
+    flat = keras.Model(model.inputs, keras.tree.flatten(model(inputs_structure(model))), name=model.name)
     return flat, [f"Nested outputs are written in a list, for a `.tflite` file holds no other: {names}."]
 
 
@@ -63,7 +64,7 @@ def _paths(structure: Any) -> list[str]:
 
 def _in_float32(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
     """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
-    if isinstance(layer, keras.Model) or not any(map(in_half, layer._flatten_layers())):
+    if isinstance(layer, keras.Model) or not any(map(in_half, flatten_layers(layer))):
         return None
     return remade(copier, layer, _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value))
 
@@ -81,8 +82,8 @@ def _unrolled(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
 
 def _loops(layer: keras.Layer) -> bool:
     """Whether recurrent layers in it loop over a number of steps that is fixed."""
-    loops = [part for part in layer._flatten_layers() if getattr(part, "unroll", None) is False]
-    steps = [part._build_shapes_dict.get("input_shape", part._build_shapes_dict.get("sequences_shape")) for part in loops]
+    loops = [part for part in flatten_layers(layer) if getattr(part, "unroll", None) is False]
+    steps = [build_shapes(part).get("input_shape", build_shapes(part).get("sequences_shape")) for part in loops]
     return bool(loops) and not any(shape is None or shape[1] is None for shape in steps)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_renorm.src.core.keras_internals import flatten_layers
 from keras_renorm.src.export import failures
 from keras_renorm.src.export.inputs import answer, in_half, input_names
 
@@ -43,7 +44,7 @@ class Reference:
         # Outputs that are nested are written in a list.
         self._keys = isinstance(expected, dict) and not any(map(keras.tree.is_nested, expected.values()))
         self._expected = [np.asarray(value) for value in keras.tree.flatten(expected)]
-        self._in_half = any(map(in_half, model._flatten_layers()))
+        self._in_half = any(map(in_half, flatten_layers(model)))
         numbers = [value for value in self._expected if value.dtype.kind not in "SUO"]
         # (The built-in `max` may pass over NaN.)
         self.range = float(np.max([np.max(np.abs(value.astype(float)), initial=0) for value in numbers], initial=0))
@@ -100,7 +101,7 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
 @contextlib.contextmanager
 def _states_kept(model: keras.Model) -> Iterator[None]:
     """Let stateful layers of a model remember afterwards what they remembered before."""
-    layers = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    layers = [layer for layer in flatten_layers(model) if getattr(layer, "stateful", False)]
     variables = keras.tree.flatten([getattr(layer, "states", None) or [] for layer in layers])
     values = [np.array(variable) for variable in variables]
     try:

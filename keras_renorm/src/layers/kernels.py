@@ -8,6 +8,7 @@ from collections.abc import Callable
 import keras
 
 from keras_renorm.src.core import validation
+from keras_renorm.src.core.keras_internals import flatten_layers, own_trainable_variables
 from keras_renorm.src.layers.usage import added_weights
 
 
@@ -87,7 +88,7 @@ def _own_layer(layer):
 
 def _own_matrices(layer):
     # A frozen layer's count too: it is asked to be pruned, not trained.
-    own = layer._trainable_variables
+    own = own_trainable_variables(layer)
     return [v for v in own if len(v.shape) > 1 and keras.backend.is_float_dtype(v.dtype)]
 
 
@@ -135,7 +136,7 @@ def find_kernels(layer: keras.Layer) -> list[Kernel]:
     """
     validation.refuse_legacy_keras(layer, "layer")
     kernels, seen, added = [], set(), set()
-    for part in layer._flatten_layers():
+    for part in flatten_layers(layer):
         if isinstance(part, keras.layers.SpectralNormalization):
             raise ValueError(f"layer '{part.name}' rewrites its kernel while it trains; prune the layer inside it instead")
         if getattr(part, "lora_enabled", False):

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import keras
 
+from keras_renorm.src.core.keras_internals import flatten_layers
 from keras_renorm.src.layers.prunable import PrunableLayer, plain_weights, prunable_layers, reset_masks, without_added
 from keras_renorm.src.layers.wrapper import RenormalizedPruning
 
@@ -90,7 +91,7 @@ def _resetting_masks(model: keras.Model) -> Iterator[None]:
 @contextlib.contextmanager
 def _seen_as_plain(model: keras.Model) -> Iterator[None]:
     """Let Keras find, in the place of each prunable layer, what it would find in the plain model."""
-    layers = [(layer, type(layer)) for layer in model._flatten_layers() if isinstance(layer, PrunableLayer)]
+    layers = [(layer, type(layer)) for layer in flatten_layers(model) if isinstance(layer, PrunableLayer)]
     views = [_wrapped_view(layer) if isinstance(layer, RenormalizedPruning) else _drop_in_view(cls) for layer, cls in layers]
     try:
         for (layer, _), view in zip(layers, views):

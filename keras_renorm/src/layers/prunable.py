@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_renorm.src.core import names, registry, validation
 from keras_renorm.src.core.arrays import as_array
+from keras_renorm.src.core.keras_internals import flatten_layers, lock_variables, own_variables, unlock_variables
 from keras_renorm.src.kernels.events import prune_kernel
 from keras_renorm.src.layers.kernels import Kernel, find_kernels
 from keras_renorm.src.rules import criteria, patterns, renorm, schedules
@@ -155,10 +156,10 @@ class PrunableLayer:
             **arguments: all arguments of `__init__` here.
         """
         # Keras lets no layer that is built have more variables.
-        self._tracker.unlock()
+        unlock_variables(self)
         self._set_pruning(**arguments)
         self._add_masks(self)
-        self._lock_state()
+        lock_variables(self)
 
     def _add_masks(self, layer: keras.Layer) -> None:
         """Create a mask and a scale for every kernel of `layer`, where they are; to be called at the end of `build`."""
@@ -354,8 +355,7 @@ class PrunableLayer:
         values = {key: store[key] for key in store.keys()}  # noqa: SIM118 (a store is no dict)
         goal = values.pop(_GOAL, None)
         self.goal = None if goal is None else _goal_from(goal)
-        own = self._trainable_variables + self._non_trainable_variables
-        plain = without_added(own, [self])
+        plain = without_added(own_variables(self), [self])
         if plain and len(values) == len(plain):
             _load_plain(self, plain, values)
         else:
@@ -392,7 +392,7 @@ def drop_in(cls: type) -> type:
 
 def prunable_layers(layer: keras.Layer) -> list[PrunableLayer]:
     """All built layers with masks in a model (or layer, itself included), in order, each once."""
-    return [part for part in layer._flatten_layers() if isinstance(part, PrunableLayer) and part.masked_kernels]
+    return [part for part in flatten_layers(layer) if isinstance(part, PrunableLayer) and part.masked_kernels]
 
 
 def sparsity_of(model: keras.Layer) -> float:

@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras.src.backend.common import global_state
+
+from keras_renorm.src.core.keras_internals import (
+    LISTS_OF_VARIABLES,
+    build_shapes,
+    flatten_layers,
+    history_of,
+    inbound_nodes,
+    names_in_use,
+    outbound_nodes,
+)
 
 # Operations that put tensors together without a product of their values, such as sums, and those that choose among them.
 _JOINING = {"Add", "Append", "Concatenate", "Hstack", "Maximum", "Minimum", "Stack", "Subtract", "Vstack", "Where"}
@@ -36,7 +45,8 @@ def added_weights(layer: keras.Layer, weights: list[keras.Variable]) -> set[int]
     Returns:
         The `id` of those variables, and of the tables of such embeddings.
     """
-    tables = [part for part in layer._layers if isinstance(part, keras.layers.Embedding) and part.built]
+    within = flatten_layers(layer, include_self=False, recursive=False)
+    tables = [part for part in within if isinstance(part, keras.layers.Embedding) and part.built]
     if not weights and not tables:
         return set()
     try:
@@ -59,19 +69,19 @@ def _follow(layer, weights, tables) -> tuple[set[int], set[int], list]:
         of_weights = {id(weight): keras.KerasTensor(weight.shape, weight.dtype) for weight in weights}
         args, kwargs = _symbolic_inputs(layer)
         stack.enter_context(_in_place_of_weights(layer, of_weights))
-        before = {id(part): len(part._inbound_nodes) for part in tables}
+        before = {id(part): len(inbound_nodes(part)) for part in tables}
         for part in tables:
             stack.enter_context(_attribute(part, "call", _noting(part, called)))
         with keras.StatelessScope():
             outputs = layer.call(*args, **kwargs)
-        by_constants = [part for part in tables if id(part) in called and len(part._inbound_nodes) == before[id(part)]]
+        by_constants = [part for part in tables if id(part) in called and len(inbound_nodes(part)) == before[id(part)]]
         multiplied, met = _meetings(outputs, {id(tensor): key for key, tensor in of_weights.items()})
     return multiplied, met, by_constants
 
 
 def _symbolic_inputs(layer: keras.Layer) -> tuple[list, dict[str, Any]]:
     """What the layer was built for, with sides of 2 where there is none."""
-    shapes = layer._build_shapes_dict
+    shapes = build_shapes(layer)
 
     def symbolic(shape):
         return keras.KerasTensor([2 if side is None else side for side in shape], layer.compute_dtype)
@@ -110,10 +120,10 @@ def _nodes_before(outputs: Any) -> list:
     stack = [(tensor, False) for tensor in keras.tree.flatten(outputs)]
     while stack:
         tensor, done = stack.pop()
-        history = getattr(tensor, "_keras_history", None)
+        history = history_of(tensor)
         if history is None or history.operation is None:
             continue
-        node = history.operation._inbound_nodes[history.node_index]
+        node = inbound_nodes(history.operation)[history.node_index]
         if done:
             ordered.append(node)
         elif id(node) not in seen:
@@ -126,9 +136,9 @@ def _nodes_before(outputs: Any) -> list:
 @contextlib.contextmanager
 def _without_traces(layer: keras.Layer) -> Iterator[None]:
     """Let the calls that follow leave nothing behind: no nodes, and no names that are taken."""
-    nodes = [nodes for part in layer._flatten_layers() for nodes in (part._inbound_nodes, part._outbound_nodes)]
+    nodes = [nodes for part in flatten_layers(layer) for nodes in (inbound_nodes(part), outbound_nodes(part))]
     lengths = [len(one) for one in nodes]
-    taken = global_state.get_global_attribute("object_name_uids")
+    taken = names_in_use()
     before = None if taken is None else dict(taken)
     try:
         yield
@@ -152,8 +162,7 @@ def _in_place_of_weights(layer: keras.Layer, tensors: dict[int, Any]) -> Iterato
         return tensors.get(id(value), value)
 
     # Keras' own lists of weights stay.
-    own = ("_trainable_variables", "_non_trainable_variables")
-    kept = {name: value for name, value in vars(layer).items() if name not in own and _holds(value, tensors)}
+    kept = {name: value for name, value in vars(layer).items() if name not in LISTS_OF_VARIABLES and _holds(value, tensors)}
     try:
         # Not by `setattr`, which would let Keras track what is set.
         vars(layer).update([(name, exchanged(value)) for name, value in kept.items()])

@@ -6,6 +6,7 @@ import inspect
 import keras
 
 from keras_renorm.src.core import registry, validation
+from keras_renorm.src.core.keras_internals import flatten_layers, turn_remat_off
 from keras_renorm.src.layers.prunable import PrunableLayer
 
 
@@ -96,8 +97,8 @@ class RenormalizedPruning(PrunableLayer, keras.layers.Wrapper):
             build = self._call_symbolically if self._builds_by_call() else self.layer.build
             build(*args, **kwargs)
         # What an inner layer would compute anew in the backward pass would miss the masks, so only the wrapper as a whole does.
-        for part in self.layer._flatten_layers():
-            part._remat_mode = None
+        for part in flatten_layers(self.layer):
+            turn_remat_off(part)
         self._add_masks(self.layer)
 
     def _call_inner(self, *args, **kwargs):

@@ -15,6 +15,7 @@ from keras import ops
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.calibration.scoring import Seen, masks_of, see
 from keras_renorm.src.core import validation
+from keras_renorm.src.core.keras_internals import flatten_layers, history_of, inbound_nodes
 from keras_renorm.src.core.moments import InputSizes
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.prunable import prunable_layers
@@ -229,9 +230,9 @@ def _what_is_left(model: keras.Model, positions: dict[int, int]) -> tuple[int, i
             alive[id(layer)] = mask.any(axis=kernel.input_axes).reshape(-1)
         units[layer.name] = int(np.count_nonzero(alive[id(layer)]))
         parameters -= _of_dead_units(layer, alive[id(layer)])
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization) and len(layer._inbound_nodes) == 1:
-            maker = layer._inbound_nodes[0].input_tensors[0]._keras_history.operation
+    for layer in flatten_layers(model):
+        if isinstance(layer, keras.layers.BatchNormalization) and len(inbound_nodes(layer)) == 1:
+            maker = history_of(inbound_nodes(layer)[0].input_tensors[0]).operation
             if id(maker) in alive:
                 dead = np.count_nonzero(~alive[id(maker)])
                 parameters -= sum(dead for v in layer.trainable_variables if v.shape == alive[id(maker)].shape)

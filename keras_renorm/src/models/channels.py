@@ -20,9 +20,8 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.ops import nn as activations
-from keras.src.ops import numpy as operations
 
+from keras_renorm.src.core.keras_internals import flatten_layers, has_gate, operation_classes
 from keras_renorm.src.layers.prunable import PrunableLayer
 from keras_renorm.src.models.copying import with_config
 from keras_renorm.src.models.graph import ELEMENTWISE_ACTIVATIONS, Call, functional_of, graph_of
@@ -633,15 +632,15 @@ def _kind(operation: Any) -> type:
 
 def _has_other_weights(operation: Any) -> bool:
     """Whether LoRA, quantization or a gate of attention gave it weights that its kind does not tell of."""
-    parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else ()
-    return getattr(operation, "_use_gate", False) or any(
+    parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else ()
+    return has_gate(operation) or any(
         getattr(part, "lora_enabled", False) or getattr(part, "quantization_mode", None) is not None for part in parts
     )
 
 
 def _names_channels(operation: Any) -> bool:
     """Whether something that is no weight may hold a value for each channel: a scale, the shape of noise, an initializer."""
-    parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else (operation,)
+    parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else (operation,)
     rules = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
     held = [item for part in parts for item in vars(part).items()]
     held += [item for _, value in held if isinstance(value, rules) for item in vars(value).items()]
@@ -785,8 +784,9 @@ def _concatenate(call: Call) -> type | None:
 
 
 # Attributes of layers, initializers and constraints that are sequences and say nothing of single channels.
-_GEOMETRY = {"axis", "call_signature_parameters", "cropping", "dilation_rate", "input_spec", "kernel_size", "masked_kernels"}
-_GEOMETRY |= {"padding", "partial_output_shape", "pool_size", "shared_axes", "size", "state_size", "strides", "target_shape"}
+_GEOMETRY = {"axis", "call_signature_parameters", "cropping", "dilation_rate", "input_spec", "kernel_shape", "kernel_size"}
+_GEOMETRY |= {"masked_kernels", "padding", "partial_output_shape", "pool_size", "shared_axes", "size", "state_size", "strides"}
+_GEOMETRY |= {"target_shape"}
 _CHANNEL_BY_CHANNEL = (
     *(L.MaxPooling1D, L.MaxPooling2D, L.MaxPooling3D, L.AveragePooling1D, L.AveragePooling2D, L.AveragePooling3D),
     *(L.GlobalMaxPooling1D, L.GlobalMaxPooling2D, L.GlobalMaxPooling3D),
@@ -797,20 +797,17 @@ _ELEMENTWISE = (
     *(L.ReLU, L.LeakyReLU, L.ELU, L.Dropout, L.SpatialDropout1D, L.SpatialDropout2D, L.SpatialDropout3D),
     *(L.GaussianDropout, L.GaussianNoise, L.Identity, L.Rescaling, L.Add, L.Subtract, L.Average, L.Maximum, L.Minimum),
 )
-_ELEMENTWISE_OPERATIONS = (
-    *(operations.Add, operations.Subtract, operations.Divide, operations.TrueDivide, operations.Maximum, operations.Minimum),
-    *(operations.Power, operations.Negative, operations.Absolute, operations.Abs, operations.Square, operations.Sqrt),
-    *(operations.Exp, operations.Tanh, operations.Clip),
-    *(activations.Relu, activations.Relu6, activations.LeakyRelu, activations.Elu, activations.Selu, activations.Celu),
-    *(activations.Gelu, activations.Silu, activations.Sigmoid, activations.LogSigmoid, activations.Softplus),
-    *(activations.Softsign, activations.HardSigmoid, activations.HardSilu),
+_ELEMENTWISE_OPERATIONS = operation_classes(
+    *("Add", "Subtract", "Divide", "TrueDivide", "Maximum", "Minimum", "Power", "Negative", "Absolute", "Abs", "Square"),
+    *("Sqrt", "Exp", "Tanh", "Clip", "Relu", "Relu6", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "Silu", "Sigmoid"),
+    *("LogSigmoid", "Softplus", "Softsign", "HardSigmoid", "HardSilu"),
 )
 _KINDS: dict[type, Any] = {
     **{cls: _if_channels_last(ChannelByChannel) for cls in _CHANNEL_BY_CHANNEL},
     **{cls: Elementwise for cls in (*_ELEMENTWISE, *_ELEMENTWISE_OPERATIONS)},
     **{cls: _if_channels_last(ZeroPadding) for cls in (L.ZeroPadding1D, L.ZeroPadding2D, L.ZeroPadding3D)},
     L.Multiply: Product,
-    operations.Multiply: Product,
+    **dict.fromkeys(operation_classes("Multiply"), Product),
     L.PReLU: Slopes,
     L.Activation: _activation,
     L.BatchNormalization: _normalization,

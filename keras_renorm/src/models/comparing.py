@@ -11,7 +11,15 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.models import Functional
+
+from keras_renorm.src.core.keras_internals import (
+    Functional,
+    build_shapes,
+    flatten_layers,
+    functional_in,
+    inputs_structure,
+    takes_training,
+)
 
 _SAMPLES = 1
 # Sides of inputs that a model leaves free: what is convolved and pooled has to be large enough.
@@ -53,7 +61,7 @@ def made_inputs(
     structure = _graph_inputs(model)
     if structure is not None:
         return keras.tree.map_structure(lambda tensor: make(tensor.shape, tensor.dtype), structure)
-    shapes = list((model._build_shapes_dict or {}).values())
+    shapes = list(build_shapes(model).values())
     if len(shapes) != 1:
         return None
     return keras.tree.map_shape_structure(lambda shape: make(shape, model.input_dtype), shapes[0])
@@ -61,7 +69,7 @@ def made_inputs(
 
 def _graph_inputs(model: keras.Model) -> Any:
     """The symbolic inputs of a Sequential or Functional model, as it takes them; `None` for another one."""
-    return getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None)
+    return inputs_structure(functional_in(model) or model)
 
 
 def _batches(model: keras.Model, inputs: Any) -> Iterator[Any]:
@@ -107,12 +115,12 @@ def check_same(
         raise ValueError(
             f"{what} of model '{model.name}' does not run where the model does: {error} Nothing was changed."
         ) from error
-    in_half = _rounds_coarsely() or any(layer.compute_dtype not in ("float32", "float64") for layer in model._flatten_layers())
+    in_half = _rounds_coarsely() or any(layer.compute_dtype not in ("float32", "float64") for layer in flatten_layers(model))
     differ = functools.partial(_differ, tolerance=_TOLERANCE_IN_HALF if in_half else _TOLERANCE)
     if differ(expected, received) is None or differ(expected, _run(model, batch)) is not None:
         # The second: a model that draws random numbers of its own answers differently each time.
         return
-    layers = [layer for layer in model._flatten_layers(include_self=False) if id(layer) in twins]
+    layers = [layer for layer in flatten_layers(model, include_self=False) if id(layer) in twins]
     seen = _record(lambda: _run(model, batch), {id(layer): layer for layer in layers})
     made = _record(lambda: _run(other, batch), {id(layer): twins[id(layer)] for layer in layers})
     for (key, one), (twin, another) in zip(seen, made):
@@ -148,7 +156,7 @@ def _run(model: keras.Model, inputs: Any) -> list[np.ndarray]:
     # A graph says which sizes of images it was built for, and most of its layers take others.
     call = model.call if type(model).call in (keras.Sequential.call, Functional.call) else model
     with keras.StatelessScope():
-        outputs = call(inputs, training=False) if model._call_has_training_arg else call(inputs)
+        outputs = call(inputs, training=False) if takes_training(model) else call(inputs)
     return _arrays(outputs)
 
 

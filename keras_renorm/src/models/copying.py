@@ -23,14 +23,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend import KerasTensor
-from keras.src.ops.function import Function, make_node_key
-from keras.src.ops.node import KerasHistory, Node
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.trainers.trainer import Trainer
-from keras.src.utils.tracking import DotNotTrackScope, Tracker
 
+from keras_renorm.src.core import keras_internals
 from keras_renorm.src.core.arrays import for_another
+from keras_renorm.src.core.keras_internals import flatten_layers, inbound_nodes, outbound_nodes, raw_value
 
 _NEVER_CHANGES = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType)
 # Most of what there is, asked for first.
@@ -38,8 +34,6 @@ _PLAIN_VALUES = frozenset({type(None), bool, int, float, str})
 # Objects of these packages hold nothing of a model, unless they are Keras' own classes.
 _FOREIGN = {"tensorflow", "tensorflow_text", "jax", "jaxlib", "torch", "numpy", "sentencepiece", "tokenizers"}
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
-# What a layer knows of calls; calls are copied with the models that they belong to.
-_OF_CALLS = {"_inbound_nodes": list, "_outbound_nodes": list, "_losses": list, "_loss_ids": set, "_losses_override": list}
 # TensorFlow's notes of what an object depends on are written anew.
 _OF_TENSORFLOW = {
     *("_self_setattr_tracking", "_self_unconditional_checkpoint_dependencies", "_self_unconditional_dependency_names"),
@@ -48,7 +42,6 @@ _OF_TENSORFLOW = {
 }
 # Methods that Keras wraps for each layer.
 _WRAPPED = ("build", "quantize")
-_OF_TRAINING = {"optimizer", "history", "stop_training", "_compile_config", "_compiled_trainable_state", "_eval_epoch_iterator"}
 
 
 class Copier:
@@ -73,7 +66,7 @@ class Copier:
         self._conversions: list[tuple[keras.Layer, tuple[Callable, ...]]] = []
         self._calls: collections.deque = collections.deque()
         self._last: collections.deque = collections.deque()
-        parts = model._flatten_layers() if isinstance(model, keras.Layer) else [model]
+        parts = flatten_layers(model) if isinstance(model, keras.Layer) else [model]
         self._own = {id(part): part for part in (*parts, *getattr(model, "variables", ()))}
 
     def copy(self, value: Any) -> Any:
@@ -85,7 +78,7 @@ class Copier:
         result = self._copy(value)
         _run(self._todo)
         # A layer has more layers in it than each of these.
-        self._conversions.sort(key=lambda pair: len(pair[0]._flatten_layers()))
+        self._conversions.sort(key=lambda pair: len(flatten_layers(pair[0])))
         for number in range(2):
             for layer, steps in self._conversions:
                 for step in steps[number : number + 1]:
@@ -125,11 +118,11 @@ class Copier:
             if other is not None:
                 self.replace(value, other)
                 return other
-        if isinstance(value, KerasTensor):
-            return self._made(value, _blank(value, {k: v for k, v in vars(value).items() if k != "_keras_history"}))
-        if isinstance(value, Node):
+        if isinstance(value, keras.KerasTensor):
+            return self._made(value, _blank(value, {k: v for k, v in vars(value).items() if k != keras_internals.HISTORY}))
+        if isinstance(value, keras_internals.Node):
             return self._node(value)
-        if isinstance(value, KerasSaveable):
+        if isinstance(value, keras_internals.KerasSaveable):
             return self._object(value)
         if isinstance(value, (list, dict, set, collections.deque)):
             return self._container(value)
@@ -161,17 +154,19 @@ class Copier:
         # Without methods of its own, by which somebody may watch what is assigned to this one.
         state = {key: value for key, value in vars(variable).items() if not callable(getattr(type(variable), key, None))}
         new = self._made(variable, _blank(variable, {key: state[key] for key in state if key not in _OF_TENSORFLOW}))
-        if variable._value is not None:
+        if raw_value(variable) is not None:
             # TensorFlow asks a variable once, when it is made, whether there will be gradients: frozen ones may thaw.
-            new._trainable = getattr(variable._value, "trainable", variable.trainable)
+            keras_internals.flag_trainable(new, getattr(raw_value(variable), "trainable", variable.trainable))
             value = for_another(variable)
             # On PyTorch the two would share memory.
-            new._initialize(value.copy() if isinstance(value, np.ndarray) else value)
-            new._trainable = variable.trainable
-            self.replace(variable._value, new._value)
-        self._todo.append(
-            lambda: vars(new).update(self._values({k: vars(variable)[k] for k in ("_regularizer", "_constraint")}))
-        )
+            keras_internals.initialize(new, value.copy() if isinstance(value, np.ndarray) else value)
+            keras_internals.flag_trainable(new, variable.trainable)
+            self.replace(raw_value(variable), raw_value(new))
+
+        def fill():
+            new.regularizer, new.constraint = self._copy(variable.regularizer), self._copy(variable.constraint)
+
+        self._todo.append(fill)
         return new
 
     def _object(self, value: Any, cls: type | None = None) -> Any:
@@ -183,27 +178,28 @@ class Copier:
     def _fill_object(self, value: Any, new: Any) -> None:
         state = dict(vars(value))
         if isinstance(value, keras.Model):
-            state = {key: item for key, item in state.items() if key not in _OF_TRAINING} | _before_training(value)
+            state = {key: item for key, item in state.items() if key not in keras_internals.OF_TRAINING}
+            state |= keras_internals.before_training()
         if isinstance(value, keras.Operation):
-            state |= {key: make() for key, make in _OF_CALLS.items() if key in state}
+            state |= {key: make() for key, make in keras_internals.OF_CALLS.items() if key in state}
             state = {key: item for key, item in state.items() if key not in _OF_TENSORFLOW}
             state |= self._methods(value, state)
         if isinstance(value, keras.Layer):
             state = {key: item for key, item in state.items() if key not in _WRAPPED}
-        if "_torch_params" in state.get("_modules", ()):
+        if (own := keras_internals.TORCH_PARAMETERS) in state.get("_modules", ()):
             # PyTorch's own list of the parameters is made anew.
-            self._last.append(new._track_variables)
-            state["_modules"] = {key: item for key, item in state["_modules"].items() if key != "_torch_params"}
+            self._last.append(lambda: keras_internals.track_torch_parameters(new))
+            state["_modules"] = {key: item for key, item in state["_modules"].items() if key != own}
         vars(new).update(self._values(state))
         if isinstance(value, keras.Layer):
             vars(new).update({name: _rebound(vars(value)[name], value, new) for name in _WRAPPED if name in vars(value)})
-        if isinstance(value, Function):
+        if isinstance(value, keras.Function):
             self._copy_calls(value, new)
-        if isinstance(value, Tracker):
-            self._last.append(lambda: _renew_ids(new))
-        if "_trainable_variables_indices" in state:
-            self._last.append(lambda: _renew_indices(new))
-        if isinstance(value, keras.Operation) and hasattr(new, "_track_trackable"):
+        if isinstance(value, keras_internals.Tracker):
+            self._last.append(lambda: keras_internals.renew_ids(new))
+        if keras_internals.has_indices(value):
+            self._last.append(lambda: keras_internals.renew_indices(new))
+        if isinstance(value, keras.Operation) and keras_internals.is_trackable(new):
             watched = [name for name, item in vars(value).items() if _is_watched_container(item)]
             self._last.append(lambda: _track(new, watched))
 
@@ -275,26 +271,22 @@ class Copier:
     def _own_globals(self, function: types.FunctionType) -> list[str]:
         return [name for name in _names(function.__code__) if id(function.__globals__.get(name)) in self._own]
 
-    def _copy_calls(self, function: Function, new: Function) -> None:
+    def _copy_calls(self, function: keras.Function, new: keras.Function) -> None:
         """The calls that a graph of operations is made of, in the order in which each operation was called."""
-        nodes = [node for of_depth in function._nodes_by_depth.values() for node in of_depth]
-        nodes = [self._copy(node) for node in sorted(nodes, key=lambda node: node.operation._inbound_nodes.index(node))]
+        nodes = sorted(keras_internals.nodes_of(function), key=lambda node: inbound_nodes(node.operation).index(node))
+        nodes = [self._copy(node) for node in nodes]
+        self._last.append(lambda: keras_internals.name_nodes(new, nodes))
 
-        def name():
-            new._nodes = {make_node_key(node.operation, node.operation._inbound_nodes.index(node)) for node in nodes}
-
-        self._last.append(name)
-
-    def _node(self, node: Node) -> Node:
+    def _node(self, node: keras_internals.Node) -> keras_internals.Node:
         new = self._made(node, _blank(node, {}))
         operation = self._copy(node.operation)
         outputs = [self._copy(tensor) for tensor in node.outputs]
         vars(new).update(operation=operation, outputs=outputs, is_input=node.is_input, arguments=self._copy(node.arguments))
 
         def connect():
-            operation._inbound_nodes.append(new)
+            inbound_nodes(operation).append(new)
             for place, tensor in enumerate(outputs):
-                tensor._keras_history = KerasHistory(operation, len(operation._inbound_nodes) - 1, place)
+                keras_internals.set_history(tensor, operation, len(inbound_nodes(operation)) - 1, place)
 
         self._calls.append(connect)
         self._last.append(lambda: _note_readers(new))
@@ -365,28 +357,6 @@ def _rebound(function: types.FunctionType, old: Any, new: Any) -> types.Function
     return made
 
 
-@functools.cache
-def _trainer_of(cls: type) -> type:
-    return next(base for base in cls.__mro__ if issubclass(base, Trainer) and not issubclass(base, keras.Model))
-
-
-def _before_training(model: keras.Model) -> dict:
-    """The attributes of a model that Keras' trainer sets, as they are before `compile`."""
-    trainer = _trainer_of(type(model))
-    fresh = object.__new__(trainer)
-    trainer.__init__(fresh)
-    return {key: value for key, value in vars(fresh).items() if key != "_compute_loss_has_training_arg"}
-
-
-def _renew_ids(tracker: Tracker) -> None:
-    tracker.stored_ids = {name: set(map(id, tracker.config[name][1])) for name in tracker.stored_ids}
-
-
-def _renew_indices(optimizer: keras.optimizers.Optimizer) -> None:
-    keys = map(optimizer._var_key, optimizer._trainable_variables)
-    optimizer._trainable_variables_indices = {key: index for index, key in enumerate(keys)}
-
-
 def _is_watched_container(value: Any) -> bool:
     return isinstance(value, (list, dict)) and type(value).__module__.split(".")[0] == "tensorflow"
 
@@ -395,20 +365,20 @@ def _track(layer: Any, watched: Iterable[str] = ()) -> None:
     """Note for TensorFlow what a layer depends on, as it does when attributes are set: objects, and lists and dicts of them."""
     import tensorflow as tf
 
-    with DotNotTrackScope():
+    with keras_internals.untracked():
         for name in watched:
             if name in vars(layer):
                 vars(layer)[name] = tf.__internal__.tracking.wrap(vars(layer)[name])
         for name, value in list(vars(layer).items()):
             if isinstance(value, tf.__internal__.tracking.Trackable) and not isinstance(value, keras.optimizers.Optimizer):
-                layer._track_trackable(value, name=name, overwrite=True)
+                keras_internals.track_trackable(layer, value, name)
 
 
-def _note_readers(node: Node) -> None:
+def _note_readers(node: keras_internals.Node) -> None:
     for tensor in node.arguments.keras_tensors:
-        operation = tensor._keras_history.operation
+        operation = keras_internals.history_of(tensor).operation
         if operation is not None:
-            operation._outbound_nodes.append(node)
+            outbound_nodes(operation).append(node)
 
 
 def _methods(cls: type) -> dict[str, types.FunctionType]:
@@ -495,7 +465,7 @@ def _is_torch(value: Any) -> bool:
 def _is_plain_object(value: Any) -> bool:
     """Whether an object is nothing but its attributes."""
     cls = type(value)
-    if isinstance(value, Tracker):
+    if isinstance(value, keras_internals.Tracker):
         return True
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.nn.Module):
@@ -545,7 +515,7 @@ def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...
         ValueError: if it cannot be made from its config.
     """
     cls = cls or type(operation)
-    parts = operation._flatten_layers() if isinstance(operation, keras.Layer) else [operation]
+    parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else [operation]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The object being serialized includes a `lambda`")
@@ -554,7 +524,7 @@ def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...
         functions = {key: getattr(operation, key, None) for key in config}
         config.update({key: value for key, value in functions.items() if inspect.isfunction(value)})
         if cls is keras.layers.Lambda:
-            return cls(**{**config, **changes, "output_shape": operation._output_shape})
+            return cls(**{**config, **changes, "output_shape": keras_internals.lambda_output_shape(operation)})
         with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
             return cls.from_config({**config, **changes})
     except Exception as error:
@@ -570,9 +540,6 @@ def exchange_variable(layer: keras.Layer, variable: keras.Variable, other: keras
     for name, value in list(vars(layer).items()):
         if value is variable:
             vars(layer)[name] = other
-    store = next(
-        name for name in ("trainable_variables", "non_trainable_variables") if layer._tracker.is_in_store(name, variable)
-    )
-    layer._tracker.replace_tracked_value(store, variable, other)
-    if hasattr(layer, "_track_trackable"):
+    keras_internals.replace_variable(layer, variable, other)
+    if keras_internals.is_trackable(layer):
         _track(layer)

@@ -8,8 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras.src.models import Functional
 
+from keras_renorm.src.core.keras_internals import (
+    Functional,
+    flat_arguments,
+    flatten_layers,
+    functional_in,
+    history_of,
+    inbound_nodes,
+    inputs_structure,
+    nodes_of,
+    outputs_structure,
+    takes_training,
+)
 from keras_renorm.src.models.copying import captured_by
 
 L = keras.layers
@@ -52,7 +63,7 @@ class Call:
         """
         values = {id(key): tensors[id(tensor)] for key, tensor in zip(self.node.input_tensors, self.inputs)}
         args, kwargs = self.node.arguments.fill_in(values)
-        if self.training is not None and getattr(self.operation, "_call_has_training_arg", False):
+        if self.training is not None and takes_training(self.operation):
             kwargs = {**kwargs, "training": self.training}
         return args, kwargs
 
@@ -88,8 +99,7 @@ def graph_of(model: keras.Model) -> Graph:
         return tensor
 
     def enter(functional, tensors, training):
-        by_depth = functional._nodes_by_depth
-        inner = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+        inner = [node for node in nodes_of(functional) if not node.is_input]
         uses = collections.Counter(id(node.operation) for node in inner)
         for node in inner:
             inputs = [tensors[id(tensor)] for tensor in node.input_tensors]
@@ -108,7 +118,7 @@ def graph_of(model: keras.Model) -> Graph:
     functional = functional_of(model)
     taken.update(map(id, functional.inputs))
     tensors = enter(functional, {id(tensor): tensor for tensor in functional.inputs}, None)
-    parts = {id(part): part for part in (*model._flatten_layers(), *model.variables)}
+    parts = {id(part): part for part in (*flatten_layers(model), *model.variables)}
     used = [_used_by(call, parts) for call in calls]
     users = collections.Counter(key for keys in used for key in keys)
     counted = [dataclasses.replace(call, times=max(users[key] for key in keys)) for call, keys in zip(calls, used)]
@@ -117,9 +127,9 @@ def graph_of(model: keras.Model) -> Graph:
 
 def users_of(model: keras.Model) -> dict[int, list[Any]]:
     """The layers and operations that use a layer or a variable, by its `id`, but for models, whose layers are looked at."""
-    parts = {id(part): part for part in (*model._flatten_layers(), *model.variables)}
-    graphs = [found for part in model._flatten_layers() if (found := functional_of(part)) is not None]
-    nodes = [node for graph in graphs for of_depth in graph._nodes_by_depth.values() for node in of_depth]
+    parts = {id(part): part for part in (*flatten_layers(model), *model.variables)}
+    graphs = [found for part in flatten_layers(model) if (found := functional_of(part)) is not None]
+    nodes = [node for graph in graphs for node in nodes_of(graph)]
     users: dict[int, list[Any]] = {}
     for node in {id(node): node for node in nodes if not isinstance(node.operation, (keras.Sequential, Functional))}.values():
         for key in _used_by(Call(node.operation, [], [], node), parts):
@@ -135,7 +145,7 @@ def _takes_as_they_are(within: Functional, node: Any) -> bool:
     return (
         len(given) == len(within.inputs)
         and len(node.arguments.args) == 1
-        and _in_the_same_order(within._inputs_struct, node.arguments.args[0])
+        and _in_the_same_order(inputs_structure(within), node.arguments.args[0])
         and all(value is None for value in keras.tree.flatten(others))
         and all(one.dtype == other.dtype and len(one.shape) == len(other.shape) for one, other in zip(given, within.inputs))
     )
@@ -160,15 +170,15 @@ def _used_by(call: Call, parts: dict[int, Any]) -> set[int]:
     used = [call.operation, *captured_by(call.operation, parts)]
     for one in tuple(used):
         if isinstance(one, keras.Layer):
-            used += [*one._flatten_layers(), *one.variables]
-    used += [one for one in call.node.arguments._flat_arguments if isinstance(one, keras.Variable)]
+            used += [*flatten_layers(one), *one.variables]
+    used += [one for one in flat_arguments(call.node) if isinstance(one, keras.Variable)]
     return set(map(id, used))
 
 
 def functional_of(model: Any) -> Functional | None:
     """The functional graph of a model; `None` for anything else, such as a subclass with a `call` of its own."""
     if isinstance(model, keras.Sequential):
-        return getattr(model, "_functional", None) if type(model).call is keras.Sequential.call else None
+        return functional_in(model) if type(model).call is keras.Sequential.call else None
     return model if isinstance(model, Functional) and type(model).call is Functional.call else None
 
 
@@ -200,7 +210,7 @@ def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Cal
         made.update(zip(map(id, call.outputs), keras.tree.flatten(operation_for(call)(*args, **kwargs))))
     ends = [
         keras.tree.map_structure(lambda tensor: made[graph.canonical(tensor)], structure)
-        for structure in (functional._inputs_struct, functional._outputs_struct)
+        for structure in (inputs_structure(functional), outputs_structure(functional))
     ]
     if isinstance(model, keras.Sequential) and (layers := _chain(ends[1])) is not None:
         return keras.Sequential([inputs[0], *layers], name=model.name)
@@ -208,7 +218,7 @@ def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Cal
 
 
 def _input_like(tensor: Any) -> Any:
-    layer = tensor._keras_history.operation
+    layer = history_of(tensor).operation
     made = keras.Input(
         batch_shape=tensor.shape,
         dtype=tensor.dtype,
@@ -225,10 +235,10 @@ def _chain(output: Any) -> list | None:
     """The layers of which each takes what the one before makes, and the last makes this tensor; `None` if there are others."""
     layers: list = []
     while True:
-        operation, index, _ = output._keras_history
+        operation, index, _ = history_of(output)
         if isinstance(operation, L.InputLayer):
             return layers[::-1]
-        sources = operation._inbound_nodes[index].input_tensors
+        sources = inbound_nodes(operation)[index].input_tensors
         if len(sources) != 1 or not isinstance(operation, keras.Layer):
             return None
         layers.append(operation)

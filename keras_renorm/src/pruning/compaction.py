@@ -9,10 +9,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.models import Functional
 
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.arrays import as_array, for_another
+from keras_renorm.src.core.keras_internals import Functional, flatten_layers
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.kernels import Kernel
 from keras_renorm.src.layers.prunable import prunable_layers
@@ -258,7 +258,7 @@ def _fill(layer: keras.Layer, original: keras.Layer, weights: list[np.ndarray]) 
         variable.assign(value)
     for variable, value in zip(_states(layer), _states(original), strict=True):
         variable.assign(for_another(value))
-    for part, before in zip(layer._flatten_layers(), original._flatten_layers(), strict=True):
+    for part, before in zip(flatten_layers(layer), flatten_layers(original), strict=True):
         if part.trainable != before.trainable:
             part.trainable = before.trainable
 

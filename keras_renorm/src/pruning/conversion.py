@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras.src.models import Functional
 
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.arrays import as_array, for_another
+from keras_renorm.src.core.keras_internals import Functional, flatten_layers
 from keras_renorm.src.layers.conv2d import PrunableConv2D
 from keras_renorm.src.layers.dense import PrunableDense
 from keras_renorm.src.layers.kernels import Kernel, find_kernels
@@ -126,7 +126,7 @@ def _without_used_elsewhere(model: keras.Model, chosen: dict[int, keras.Layer]) 
     for key, layer in chosen.items():
         variables = [kernel.variable for kernel in kernels[key]]
         others = {id(user): user for one in variables for user in users.get(id(one), ()) if user is not layer}
-        holding = [user for user in others.values() if isinstance(user, keras.Layer) and layer in user._flatten_layers()]
+        holding = [user for user in others.values() if isinstance(user, keras.Layer) and layer in flatten_layers(user)]
         if len(holding) == len(others):
             kept[key] = layer
             readers.update(map(id, holding))
@@ -146,7 +146,7 @@ def _without_used_elsewhere(model: keras.Model, chosen: dict[int, keras.Layer]) 
 def _tell_what_does_not_load(model: keras.Model) -> None:
     names = [
         f"'{part.name}' ({type(part).__name__})"
-        for part in model._flatten_layers()
+        for part in flatten_layers(model)
         if type(part) not in _REBUILT
         and isinstance(part, _REBUILT)
         and prunable_layers(part)
@@ -360,7 +360,7 @@ def kernels_by_layer(model: keras.Model) -> dict[int, list[Kernel] | ValueError]
     """
     layers = list(outermost_layers(model))
     ids = set(map(id, layers))
-    readers = [layer for layer in layers if any(id(part) in ids for part in layer._flatten_layers(include_self=False))]
+    readers = [layer for layer in layers if any(id(part) in ids for part in flatten_layers(layer, include_self=False))]
     found: dict[int, list[Kernel] | ValueError] = {}
     taken: set[int] = set()
     for layer in [layer for layer in layers if layer not in readers] + readers:
@@ -409,7 +409,7 @@ def _start_from_zeros(layer: keras.Layer) -> list[tuple[keras.Layer, str, keras.
     """
     found = [
         (part, name, value)
-        for part in layer._flatten_layers()
+        for part in flatten_layers(layer)
         for name, value in vars(part).items()
         if isinstance(value, keras.initializers.Initializer)
     ]

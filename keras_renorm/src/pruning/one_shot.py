@@ -16,6 +16,7 @@ from keras_renorm.src.calibration.scoring import Seen, see
 from keras_renorm.src.calibration.sites import Target
 from keras_renorm.src.core import names, validation
 from keras_renorm.src.core.arrays import as_array, for_another, masked
+from keras_renorm.src.core.keras_internals import flatten_layers
 from keras_renorm.src.core.moments import InputSizes
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.events import in_float, new_scale, prune_kernel
@@ -153,7 +154,7 @@ def prune(
             targets = _together(targets, ties, rule)
         notes, errors = [], {}
         if calibrated:
-            twins = [(layer, copies[id(layer)]) for layer in model._flatten_layers(include_self=False)]
+            twins = [(layer, copies[id(layer)]) for layer in flatten_layers(model, include_self=False)]
             distance = OutputError(model, samples)
             # Kernels that cannot be fitted may still be scored.
             seen = see(pruned, samples, InputSizes) if getattr(rule.criterion, "statistics", None) is InputSizes else {}
@@ -175,7 +176,7 @@ def prune(
             rows, notes, errors = _unless_plain_is_nearer(pruned, twins, targets, rows, rule, distance, ties)
     if ties:
         notes += _notes_on_units(pruned, targets, rule)
-    order = [rule.name_of(layer) for outer in outermost_layers(pruned) for layer in outer._flatten_layers()]
+    order = [rule.name_of(layer) for outer in outermost_layers(pruned) for layer in flatten_layers(outer)]
     rows = tuple(sorted(rows, key=lambda row: order.index(row.layer)))
     pruned.pruning_report = PruningReport(rows, **errors, notes=tuple(notes))
     return pruned
@@ -254,7 +255,7 @@ def _silence(targets: list[Target], ties: Ties) -> None:
     for target in (one for one in targets if one.by_units):
         variable = target.kernel.variable
         alive = (as_array(variable) != 0).any(axis=target.kernel.input_axes).reshape(-1)
-        for layer in target.layer._flatten_layers():
+        for layer in flatten_layers(target.layer):
             bias = getattr(layer, "bias", None)
             is_maker = any(variable is getattr(layer, name, None) for name in ("kernel", "pointwise_kernel"))
             if is_maker and bias is not None and tuple(bias.shape) == alive.shape:

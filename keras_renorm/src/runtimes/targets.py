@@ -7,9 +7,9 @@ import fnmatch
 from typing import Any
 
 import keras
-from keras.src.models import Functional
 
 from keras_renorm.src.core import names, validation
+from keras_renorm.src.core.keras_internals import Functional
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.rules import patterns
 from keras_renorm.src.runtimes import xnnpack

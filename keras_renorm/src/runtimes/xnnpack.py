@@ -15,14 +15,14 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.ops import numpy as operations
 
+from keras_renorm.src.core.keras_internals import operation_classes
 from keras_renorm.src.models.graph import ELEMENTWISE_ACTIVATIONS, Call, graph_of
 
 L = keras.layers
 _CONVOLUTIONS = (L.Conv2D, L.DepthwiseConv2D, L.SeparableConv2D)
 _ELEMENTWISE = (L.ReLU, L.LeakyReLU, L.ELU, L.Dropout, L.SpatialDropout2D, L.Identity)
-_OF_TWO = (L.Add, L.Multiply, operations.Add, operations.Multiply)
+_OF_TWO = (L.Add, L.Multiply, *operation_classes("Add", "Multiply"))
 # More than this share of the weights of all 1x1 convolutions must be zero.
 LEAST_ZEROS = 2 / 3
 

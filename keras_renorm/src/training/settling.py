@@ -14,6 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_renorm.src.core.keras_internals import trained_variables
 from keras_renorm.src.layers.prunable import PrunableKernel, is_trusted, prunable_layers, trusting
 from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
 
@@ -140,7 +141,7 @@ def _slots(optimizer: keras.optimizers.Optimizer, kernel: PrunableKernel) -> lis
 
     `None` for a kernel that it does not train.
     """
-    known = [id(variable) for variable in optimizer._trainable_variables]
+    known = [id(variable) for variable in trained_variables(optimizer)]
     if id(kernel.variable) not in known:
         return None
     place = known.index(id(kernel.variable))

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_renorm.src.core.keras_internals import save_with_optimizer
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.training.optimizers.recorder import Recorder
 
@@ -55,7 +56,7 @@ def _replace_optimizer(model: keras.Model, old: Any, new: Any) -> None:
     else:
         model.optimizer.inner_optimizer = new
     # What `model.save` writes down, for the optimizer's variables to find their place when it is loaded.
-    model._compile_config.config["optimizer"] = new
+    save_with_optimizer(model, new)
     model.train_function = None
     model.make_train_function()
 

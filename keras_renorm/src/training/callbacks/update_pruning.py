@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_renorm.src.core.keras_internals import flatten_layers, times_applied
 from keras_renorm.src.layers.prunable import NEVER, PrunableLayer, prunable_layers, sparsity_of
 from keras_renorm.src.pruning import delivery
 from keras_renorm.src.pruning.model_event import update_masks
@@ -125,7 +126,7 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def _find_layers(self) -> None:
         layers = prunable_layers(self.model)
-        if not layers and any(isinstance(part, PrunableLayer) for part in self.model._flatten_layers()):
+        if not layers and any(isinstance(part, PrunableLayer) for part in flatten_layers(self.model)):
             raise ValueError(
                 f"Model '{self.model.name}' has prunable layers, but no weights yet, which `UpdatePruning` needs. Call "
                 "it on a batch of data, or `model.build(input_shape)`, before `fit`."
@@ -178,7 +179,7 @@ class UpdatePruning(keras.callbacks.Callback):
         if getattr(self._model, "steps_per_execution", 1) == 1 or optimizer is None:
             return 0
         self._bring_up_to_date()
-        return int(keras.ops.convert_to_numpy(optimizer._iterations))
+        return int(keras.ops.convert_to_numpy(times_applied(optimizer)))
 
     def _advance(self, batches: int) -> bool:
         """Count trained batches and run the events that are due, only the last of them for each layer.

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.core import registry, validation
+from keras_renorm.src.core.keras_internals import index_in_optimizer, replicas_of, sum_over_replicas
 from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
 
 
@@ -84,15 +85,15 @@ class IrrelevanceDecay(OptimizerWrapper):
         self.steps = self.add_variable((), dtype="int", aggregation="only_first_replica", name="steps")
 
     def before_step(self, gradients, variables):
-        replicas = self._replicas()
+        replicas = replicas_of(self)
         if replicas > 1:
             # What counts is the gradient of the whole batch, and the inner optimizer will sum over replicas.
-            reduced = self._all_reduce_sum_gradients(list(zip(gradients, variables)))
+            reduced = sum_over_replicas(self, list(zip(gradients, variables)))
             gradients = [gradient / replicas for gradient, _ in reduced]
         strength = 2 * self._present_gamma() / replicas
         result = [
             gradient + self._decay(gradient, variable, strength, replicas)
-            if self._decays[self._get_variable_index(variable)]
+            if self._decays[index_in_optimizer(self, variable)]
             else gradient
             for gradient, variable in zip(gradients, variables)
         ]
@@ -115,10 +116,6 @@ class IrrelevanceDecay(OptimizerWrapper):
             return self.gamma
         left = 1 - ops.cast(self.steps, "float32") / self.decay_steps
         return self.gamma * ops.maximum(left, 0.0)
-
-    def _replicas(self) -> int:
-        strategy = getattr(self, "_distribution_strategy", None)
-        return strategy.num_replicas_in_sync if strategy else 1
 
     def restart(self) -> None:
         """Set `gamma` to its full value, from which it falls again over `decay_steps`."""

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.core import registry
+from keras_renorm.src.core.keras_internals import index_in_optimizer, trained_variables, update_all
 from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
 
 
@@ -62,11 +63,11 @@ class Recorder(OptimizerWrapper):
     def before_step(self, gradients, variables):
         if gradients and self.records_gradients:
             # The way of Keras' own optimizers: under `tf.distribute` it sums over replicas first.
-            self._backend_update_step(gradients, variables, self.learning_rate)
+            update_all(self, gradients, variables, self.learning_rate)
         return gradients
 
     def update_step(self, gradient, variable, learning_rate):
-        slot = self._gradients[self._get_variable_index(variable)]
+        slot = self._gradients[index_in_optimizer(self, variable)]
         if slot is not None:
             self.assign_add(slot, ops.cast(ops.abs(gradient), slot.dtype))
 
@@ -79,7 +80,7 @@ class Recorder(OptimizerWrapper):
         return self._read(self._start, variable, "start")
 
     def _read(self, slots, variable, argument):
-        slot = slots and slots[self._get_variable_index(variable)]
+        slot = slots and slots[index_in_optimizer(self, variable)]
         if slot is None:
             raise ValueError(
                 f"Nothing is recorded of variable '{variable.path}' of shape {tuple(variable.shape)}. Received: {argument}="
@@ -95,7 +96,7 @@ class Recorder(OptimizerWrapper):
 
     def reset_start(self) -> None:
         """Record the present values of the weights."""
-        for slot, variable in zip(self._start or (), self._trainable_variables):
+        for slot, variable in zip(self._start or (), trained_variables(self)):
             if slot is not None:
                 slot.assign(ops.cast(ops.copy(variable), slot.dtype))
 

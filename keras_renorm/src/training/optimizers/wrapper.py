@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_renorm.src.core import validation
+from keras_renorm.src.core.keras_internals import trained_variables
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer):
@@ -34,7 +35,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
 
     @property
     def variables(self):
-        return self._variables + self.inner_optimizer.variables
+        return super().variables + self.inner_optimizer.variables
 
     def apply(self, grads, trainable_variables=None):
         grads = list(grads)
@@ -46,11 +47,11 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
                 )
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        variables = trained_variables(self) if trainable_variables is None else list(trainable_variables)
         known = [
             index
             for index, gradient in enumerate(grads)
-            if gradient is not None and not self._overwrite_variable_with_gradient(variables[index])
+            if gradient is not None and not variables[index].overwrite_with_gradient
         ]
         scale = self.inner_optimizer.loss_scale_factor or 1.0
         seen = [_dense(grads[index], variables[index]) / scale for index in known]
