@@ -9,8 +9,8 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
+from keras_renorm.src.models import model_copies
 from keras_renorm.src.models.copying import Copier
-from keras_renorm.src.pruning import conversion
 from tests.models import every_layer
 
 L = keras.layers
@@ -489,7 +489,7 @@ def test_a_file_of_a_damaged_copy_is_refused(monkeypatch, tmp_path):
         return new
 
     monkeypatch.setattr(Copier, "_variable", damaged)
-    monkeypatch.setattr(conversion, "check_same", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(model_copies, "check_same", lambda *arguments, **keywords: None)
     model = keras.Sequential([keras.Input((8,)), L.Dense(4), L.Dense(2)])
     with pytest.raises(RuntimeError, match="differ from those of model"):
         kr.export_tflite(model, tmp_path / "model.tflite")

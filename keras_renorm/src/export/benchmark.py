@@ -21,7 +21,7 @@ _FREE_SIDE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """The time of one inference of a file: median, 10th and 90th percentile, in seconds. `shapes` are the shapes of its inputs."""
+    """The time of one inference of a file: median, 10th and 90th percentile, in seconds, and the shapes of its inputs."""
 
     path: pathlib.Path
     median: float
@@ -110,7 +110,7 @@ def benchmark(
 
 
 def in_turns(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> np.ndarray:
-    """Time functions in turns; returns the 10th percentile, median and 90th percentile in seconds, of shape `(3, len(calls))`."""
+    """Time functions in turns: 10th percentile, median and 90th percentile in seconds, of shape `(3, len(calls))`."""
     seconds = np.zeros((len(calls), runs))
     for run in range(-warmup, runs):
         for index, call in enumerate(calls):

@@ -13,7 +13,8 @@ from keras_renorm.src.export.narrowing import narrow_layers
 from keras_renorm.src.export.repair import repair_head
 from keras_renorm.src.models.copying import Copier, with_config
 from keras_renorm.src.models.graph import functional_of
-from keras_renorm.src.pruning.conversion import copy_model, remade
+from keras_renorm.src.models.model_copies import copy_model
+from keras_renorm.src.pruning.conversion import remade
 
 
 def prepare(

@@ -13,7 +13,8 @@ from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.comparing import check_same
 from keras_renorm.src.models.copying import with_config
 from keras_renorm.src.models.graph import Call, Graph, check_graph, functional_of, graph_of
-from keras_renorm.src.pruning.conversion import compile_like, strip
+from keras_renorm.src.models.model_copies import compile_like
+from keras_renorm.src.pruning.conversion import strip
 from keras_renorm.src.runtimes import xnnpack
 
 L = keras.layers

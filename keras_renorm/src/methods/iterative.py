@@ -22,7 +22,8 @@ from keras_renorm.src.methods import rounds
 from keras_renorm.src.methods.outcome import Goal, Outcome, direction
 from keras_renorm.src.methods.round_training import check_fit
 from keras_renorm.src.methods.run_state import name_of
-from keras_renorm.src.pruning.conversion import copy_model, plain_copy, to_prunable
+from keras_renorm.src.models.model_copies import copy_model
+from keras_renorm.src.pruning.conversion import plain_copy, to_prunable
 from keras_renorm.src.pruning.model_event import update_masks
 from keras_renorm.src.rules import allocation as allocations
 from keras_renorm.src.rules import criteria

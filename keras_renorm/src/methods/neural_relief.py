@@ -22,7 +22,8 @@ from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.methods import rounds as loop
 from keras_renorm.src.methods.outcome import Goal, Outcome, direction
 from keras_renorm.src.methods.round_training import check_fit
-from keras_renorm.src.pruning.conversion import copy_model, plain_copy, plain_variables, to_prunable
+from keras_renorm.src.models.model_copies import copy_model
+from keras_renorm.src.pruning.conversion import plain_copy, plain_variables, to_prunable
 from keras_renorm.src.pruning.model_event import assign_masks, remove_unread_units
 from keras_renorm.src.rules.criteria.activity import Activity
 

@@ -56,7 +56,7 @@ def check_fit(fit: Any, model: keras.Model) -> Any:
 
 
 class SeedAgain(keras.callbacks.Callback):
-    """On JAX and PyTorch the first `fit` of a model draws one batch more than later ones, so that a resumed run would differ."""
+    """On JAX and PyTorch the first `fit` of a model draws one batch more than later ones: a resumed run would differ."""
 
     def __init__(self, seed: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dead units out of the graph: a smaller network that computes the same."""
+"""`compact`: a smaller network that computes the same, without dead units."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from keras_renorm.src.models.channels import Rule, rule_of, tied_tensors
 from keras_renorm.src.models.comparing import check_same
 from keras_renorm.src.models.copying import Copier
 from keras_renorm.src.models.graph import Graph, check_graph, functional_of, graph_of, remake
-from keras_renorm.src.pruning.conversion import compile_like, strip
+from keras_renorm.src.models.model_copies import compile_like
+from keras_renorm.src.pruning.conversion import strip
 
 
 @dataclasses.dataclass(frozen=True)
 class CompactedLayer:
-    """A layer that got smaller: shapes of its first weight and its parameters, before and after."""
+    """A layer that became smaller: the shape of its first weight and its number of parameters, before and after."""
 
     layer: str
     before: tuple[int, ...]
@@ -36,14 +37,13 @@ class CompactedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class CompactionReport:
-    """What `keras_renorm.compact` did. Printing it shows a table; `rows` and `left_whole` are the data.
+    """The report of `keras_renorm.compact`. Print it for a table; `rows` and `left_whole` are the data.
 
     Attributes:
-        rows: tuple of `CompactedLayer`, those that got smaller.
-        left_whole: names of the layers whose channels it does not know how to follow, so that they and what is next to them
-            keep theirs.
-        parameters_before: of the whole model.
-        parameters_after: likewise.
+        rows: tuple of `CompactedLayer`: the layers that became smaller.
+        left_whole: names of the layers through which channels cannot be followed. They and their neighbors keep their channels.
+        parameters_before: number of parameters of the whole model before.
+        parameters_after: number of parameters of the whole model after.
     """
 
     rows: tuple[CompactedLayer, ...]
@@ -65,22 +65,23 @@ class CompactionReport:
 
 
 def compact(model: keras.Model) -> keras.Model:
-    """Remove units that do nothing: a smaller model with the same outputs, faster on every device.
+    """Remove dead units: the result is a smaller model with the same outputs, which is faster on every device.
 
-    A unit goes if nothing reads it, or if it is constant (its weights are all zero) and what reads it can take the constant
-    into its bias. Weights that read what is gone go with it. Channels are followed through Dense layers, convolutions of all
-    kinds, normalization, activations, pooling, Flatten, Reshape, Add, Multiply, Concatenate, embeddings, attention and
-    recurrent layers, and models within the model, which are taken apart. Where it comes to a layer that it does not know (your
-    own, or one called in several places), that layer and the channels next to it stay whole, and the report names it.
+    A unit is removed if no layer reads it, or if it is constant (all its weights are zero) and the layers that read it can take
+    the constant into their biases. The weights that read a removed unit are removed with it. Channels are followed through
+    Dense layers, all kinds of convolutions, normalization, activations, pooling, Flatten, Reshape, Add, Multiply, Concatenate,
+    embeddings, attention, recurrent layers, and models inside the model, which are dissolved. If channels reach a layer of
+    another kind (your own layer, or a layer that is called in several places), this layer and the channels next to it are kept,
+    and the report names it.
 
-    The model passed in stays as it is.
+    The model that is passed in is not changed.
 
     Args:
-        model: a built Sequential or Functional model, plain or with prunable layers.
+        model: a built Sequential or Functional model, with prunable layers or with plain ones.
 
     Returns:
-        A new model of plain Keras layers. It is compiled if `model` was, with a fresh optimizer. Its attribute
-        `compaction_report` says what got smaller; it is not saved with the model.
+        A new model of plain Keras layers. It is compiled if `model` is, with a fresh optimizer. Its attribute
+        `compaction_report` tells what became smaller; it is not saved with the model.
 
     Raises:
         ValueError: if the model is not built, or not Sequential or Functional.
@@ -118,11 +119,11 @@ def compact(model: keras.Model) -> keras.Model:
 
 
 def units_that_stay(model: keras.Model, kernels: list[Kernel]) -> dict[int, str]:
-    """Which kernels have units without weights that `compact` cannot take out, and why, by the `id` of their variables.
+    """Find the kernels with units without weights that `compact` cannot remove, and why, by the `id` of their variables.
 
     Args:
         model: a built model.
-        kernels: kernels of it.
+        kernels: kernels of the model.
     """
     dead = {}
     for kernel in kernels:
@@ -152,7 +153,7 @@ def units_that_stay(model: keras.Model, kernels: list[Kernel]) -> dict[int, str]
 
 
 def _holding(rules: list[Rule], root: Callable[[int], int], group: int) -> list[str]:
-    """The layers that need all channels of tensors of one group."""
+    """The layers that need all channels of the tensors of one group."""
     names = []
     for rule in rules:
         sides = (rule.call.inputs, rule.call.outputs)
@@ -191,7 +192,7 @@ def _channels_to_keep(model: keras.Model, graph: Graph, rules: list[Rule]) -> tu
 
 
 def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Keep more until every layer can do with what is kept on its two sides."""
+    """Keep more channels until each layer can work with the channels that are kept on its two sides."""
     while True:
         before = sum(int(flags.sum()) for flags in kept.values())
         for flags in kept.values():
@@ -209,7 +210,9 @@ def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarr
 def _rebuild(
     model: keras.Model, graph: Graph, rules: list[Rule], constants: dict, kept: dict
 ) -> tuple[keras.Model, list[CompactedLayer], dict[int, keras.Layer]]:
-    """The smaller model, what got smaller, and the layers that give the same as before, by the `id` of their originals."""
+    """The smaller model, the layers that became smaller, and the layers that compute the same as before, by the `id` of their
+    originals.
+    """
     copier = Copier(model)
     remade: dict[int, tuple[Any, list[np.ndarray] | None]] = {}
     same: dict[int, keras.Layer] = {}
@@ -253,7 +256,7 @@ def _rebuild(
 
 
 def _fill(layer: keras.Layer, original: keras.Layer, weights: list[np.ndarray]) -> None:
-    """Give a layer with fewer weights than its original their values, and what else the original holds."""
+    """Give a smaller layer the values of its original, with everything else that the original holds."""
     for variable, value in zip(layer.weights, weights, strict=True):
         variable.assign(value)
     for variable, value in zip(_states(layer), _states(original), strict=True):
@@ -264,13 +267,15 @@ def _fill(layer: keras.Layer, original: keras.Layer, weights: list[np.ndarray]) 
 
 
 def _states(layer: keras.Layer) -> list[keras.Variable]:
-    """What a layer holds beside its weights, such as the state of a random number generator: no matter of channels."""
+    """The states of a layer beside its weights, such as the state of a random number generator, which do not depend on
+    channels.
+    """
     weights = {id(weight) for weight in layer.weights}
     return [variable for variable in layer.variables if id(variable) not in weights]
 
 
 def _give_a_name(layer: Any, names: set[str]) -> None:
-    """Layers of models that were taken apart may have the same names."""
+    """Give a layer a name of its own: layers of models that are dissolved may have the same names."""
     name, number = layer.name, 1
     while layer.name in names:
         layer.name = f"{name}_{number}"

@@ -1,4 +1,4 @@
-"""One event over a whole model: all its masks change, or none."""
+"""One pruning event over a whole model: either all its masks change, or none."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ def update_masks(
     sparsities: Mapping[int, float | Sequence[float]],
     scores: Mapping[int, np.ndarray] | None = None,
 ) -> bool:
-    """Prune layers and renormalize what is left, from the outputs to the inputs: what nothing reads any more goes first.
+    """Prune and renormalize layers from the outputs to the inputs, so that units that no layer reads any more lose their
+    weights first.
 
     Args:
         model: a built model with prunable layers.
-        sparsities: by the `id` of a layer, the sparsity of its kernels, or one for each of them.
-        scores: of the weights, by the `id` of a kernel's variable, shaped like it; `None` to ask the layers' criteria.
+        sparsities: by the `id` of a layer, the sparsity of its kernels, or a list with one sparsity for each.
+        scores: scores of the weights by the `id` of the variable of a kernel, of its shape. Defaults to `None`: the layers
+            score them by their criteria.
 
     Returns:
-        Whether any mask or scale changed.
+        Whether a mask or a scale changed.
 
     Raises:
-        ValueError: if a kernel holds NaN or infinity; no layer is changed then.
+        ValueError: if a kernel holds NaN or infinity. Then no layer is changed.
     """
     updates = {}
 
@@ -51,14 +53,14 @@ def update_masks(
 
 
 def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
-    """Remove weights that were chosen already, and renormalize what is left as the layers do. What is gone stays gone.
+    """Remove weights that are chosen already, and renormalize the kept weights as the layers do. Removed weights stay removed.
 
     Args:
         model: a built model with prunable layers.
-        masks: of the weights to keep, by the `id` of a kernel's variable; kernels that are not there stay as they are.
+        masks: masks by the `id` of the variable of a kernel. Kernels without a mask here are not changed.
 
     Raises:
-        ValueError: if a kernel holds NaN or infinity; no layer is changed then.
+        ValueError: if a kernel holds NaN or infinity. Then no layer is changed.
     """
     updates: dict[int, list] = {}
     for layer in prunable_layers(model):
@@ -76,7 +78,7 @@ def assign_masks(model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
 
 
 def remove_unread_units(model: keras.Model) -> None:
-    """Remove all weights of units that nothing reads any more, from the outputs to the inputs."""
+    """Remove all weights of units that no layer reads, from the outputs to the inputs."""
     masks = _masks_of(model)
 
     def visit(layer, read):
@@ -90,6 +92,6 @@ def remove_unread_units(model: keras.Model) -> None:
 
 
 def _masks_of(model: keras.Model) -> dict[int, np.ndarray]:
-    """The masks by the `id` of their kernels' variables. A weight that is zero and not masked may become another."""
+    """The masks by the `id` of the variables of their kernels. A kept weight that is zero may still change."""
     kernels = [kernel for layer in prunable_layers(model) for kernel in layer.masked_kernels]
     return {id(kernel.variable): as_array(kernel.mask) for kernel in kernels}

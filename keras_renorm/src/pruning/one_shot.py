@@ -24,8 +24,10 @@ from keras_renorm.src.kernels.report import LayerReport, PruningReport, describe
 from keras_renorm.src.layers.kernels import Kernel, find_kernels, name_within
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.channels import Ties, find_ties, walk_back
+from keras_renorm.src.models.model_copies import copy_model
 from keras_renorm.src.pruning.compaction import units_that_stay
-from keras_renorm.src.pruning.conversion import choose_layers, copy_model, kernels_by_layer, outermost_layers, strip
+from keras_renorm.src.pruning.conversion import strip
+from keras_renorm.src.pruning.selection import choose_layers, kernels_by_layer, outermost_layers
 from keras_renorm.src.rules import allocation as allocations
 from keras_renorm.src.rules import criteria, patterns, renorm
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score

@@ -13,7 +13,7 @@ from keras import ops
 from keras_renorm.src.core import validation
 from keras_renorm.src.layers.kernels import find_kernels, name_within
 from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers
-from keras_renorm.src.pruning.conversion import outermost_layers
+from keras_renorm.src.pruning.selection import outermost_layers
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion
 from keras_renorm.src.rules.criteria.magnitude import Magnitude
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_renorm.src.core import validation
-from keras_renorm.src.pruning.conversion import outermost_layers
+from keras_renorm.src.pruning.selection import outermost_layers
 from keras_renorm.src.reports.drawing import draw_matrix, log_axis, new_axes, percent, pyplot
 from keras_renorm.src.reports.kernel_matrices import kernel_matrices, kernel_matrix
 from keras_renorm.src.reports.summary import Summary, summary

@@ -12,8 +12,8 @@ from keras_renorm.src.core.arrays import as_array
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.kernels import name_within
 from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers
-from keras_renorm.src.pruning.conversion import kernels_by_layer, outermost_layers
 from keras_renorm.src.pruning.delivery import shortfall
+from keras_renorm.src.pruning.selection import kernels_by_layer, outermost_layers
 from keras_renorm.src.runtimes.targets import unique_names
 
 
