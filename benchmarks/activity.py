@@ -19,8 +19,8 @@ import networks
 import numpy as np
 
 from keras_renorm.criteria import Activity
+from keras_renorm.src.calibration.gathering import masks_of, see
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import masks_of, see
 from keras_renorm.src.core.moments import InputSizes
 
 

@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_renorm as kr
 from keras_renorm.src.calibration import sites
-from keras_renorm.src.calibration.samples import Call
+from keras_renorm.src.calibration.observing import Call
 from keras_renorm.src.layers.kernels import find_kernels
 from keras_renorm.src.layers.linear import linear_parts
 from tests.calibration.test_samples import WAYS

@@ -16,9 +16,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.samples import Call, Passes, Samples, observe
-from keras_renorm.src.calibration.scoring import input_sizes
-from keras_renorm.src.calibration.sites import Site, Target, find_stages
+from keras_renorm.src.calibration.gathering import input_sizes
+from keras_renorm.src.calibration.observing import Call, observe
+from keras_renorm.src.calibration.passes import Passes
+from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.stages import Site, Target, find_stages
 from keras_renorm.src.core.moments import Accumulator, InputSizes, Moments, SizeAccumulator
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.report import LayerReport, describe, growth

@@ -13,8 +13,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm.src.calibration.gathering import scores_of, see
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import scores_of, see
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.prunable import prunable_layers, sparsity_of

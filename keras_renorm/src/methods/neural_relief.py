@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm.src.calibration.gathering import Seen, masks_of, see
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import Seen, masks_of, see
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.moments import InputSizes
 from keras_renorm.src.core.tables import format_table

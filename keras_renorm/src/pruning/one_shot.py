@@ -11,9 +11,11 @@ import keras
 import numpy as np
 
 from keras_renorm.src.calibration.fitting import Rule, prune_calibrated, silence_normalization
-from keras_renorm.src.calibration.samples import OutputError, Samples, warn_of_odd_samples
-from keras_renorm.src.calibration.scoring import Seen, see
-from keras_renorm.src.calibration.sites import Target
+from keras_renorm.src.calibration.gathering import Seen, see
+from keras_renorm.src.calibration.output_error import OutputError
+from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.scaling import warn_of_odd_samples
+from keras_renorm.src.calibration.stages import Target
 from keras_renorm.src.core import names, validation
 from keras_renorm.src.core.arrays import as_array, for_another, masked
 from keras_renorm.src.core.moments import InputSizes

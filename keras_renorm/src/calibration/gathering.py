@@ -10,7 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.samples import Samples, observe
+from keras_renorm.src.calibration.observing import observe
+from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.core.moments import Accumulator, InputSizes, SizeAccumulator
 from keras_renorm.src.layers.linear import LinearPart, linear_parts
 

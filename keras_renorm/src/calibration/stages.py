@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.samples import Call, observe
+from keras_renorm.src.calibration.observing import Call, observe
 from keras_renorm.src.layers.kernels import Kernel
 from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
 from keras_renorm.src.rules import patterns

@@ -5,8 +5,8 @@ from keras import ops
 
 import keras_renorm as kr
 from keras_renorm import criteria
+from keras_renorm.src.calibration.gathering import masks_of, scores_of, see
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import masks_of, scores_of, see
 from keras_renorm.src.core.moments import InputSizes, Moments
 from keras_renorm.src.kernels.masks import compute_mask
 
