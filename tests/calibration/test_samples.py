@@ -108,3 +108,56 @@ def test_samples_without_end():
 def test_wrong_batch_size(batch_size):
     with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
         Samples(np.ones((4, 5)), small_model(), batch_size)
+
+
+class LabelledBatches(Batches):
+    def __getitem__(self, index):
+        part = slice(index * self.size, (index + 1) * self.size)
+        return self.images[part], np.arange(len(self.images))[part]
+
+
+WITH_LABELS = {
+    "arrays": lambda images, size: (images, np.arange(len(images))),
+    "inputs by name": lambda images, size: ({"images": images}, np.arange(len(images))),
+    "PyDataset": LabelledBatches,
+    "generator": lambda images, size: ((images[i : i + size], np.arange(10)[i : i + size]) for i in range(0, 10, size)),
+    "lists": lambda images, size: ([images[i : i + size], np.arange(10)[i : i + size]] for i in range(0, 10, size)),
+}
+
+
+@pytest.mark.parametrize("way", list(WITH_LABELS))
+def test_samples_with_labels(way, generator):
+    images = generator.standard_normal((10, 5)).astype("float32")
+    with Samples(WITH_LABELS[way](images, 4), small_model(), batch_size=4, labels=True) as samples:
+        for _ in range(2):
+            x, y = zip(*samples.labelled())
+            assert [len(one) for one in y] == [4, 4, 2]
+            np.testing.assert_array_equal(np.concatenate(y), np.arange(10))
+            np.testing.assert_array_equal(np.concatenate([keras.tree.flatten(one)[0] for one in x]), images)
+            np.testing.assert_array_equal(keras.tree.flatten(next(iter(samples)))[0], images[:4])
+
+
+def test_weights_and_several_inputs_with_labels(generator):
+    one, two = generator.standard_normal((2, 9, 6)).astype("float32")
+    with Samples(([one, two], one, np.arange(9)), shared(), 4, labels=True) as samples:
+        ((first, second), y, weights), *_ = samples.labelled()
+    np.testing.assert_array_equal(first, one[:4])
+    np.testing.assert_array_equal(second, two[:4])
+    np.testing.assert_array_equal(y, one[:4])
+    np.testing.assert_array_equal(weights, np.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.ones((4, 5)), r"must have labels.*`calibration=\(x, y\)`.*Received: ndarray"),
+        ([np.ones((4, 5))], "must have labels.*Received: list of length 1"),
+        (iter([np.ones((4, 5))]), "must have labels.*Received: ndarray"),
+        (iter([(np.ones((4, 5)), None)]), "must have labels.*Received: tuple of length 2"),
+        ((np.ones((4, 5)), np.ones(3)), r"as many labels as samples. Received arrays of shapes \[\(4, 5\), \(3,\)\]"),
+        ((np.ones((4, 6)), np.ones(4)), "wrong shape for input 'images'"),
+    ],
+)
+def test_labels_that_are_missing_or_do_not_fit(data, message):
+    with pytest.raises(ValueError, match=message), Samples(data, small_model(), 4, labels=True) as samples:
+        list(samples)

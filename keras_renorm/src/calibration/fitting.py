@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.gathering import input_sizes
+from keras_renorm.src.calibration.gathering import KernelStatistics
 from keras_renorm.src.calibration.observing import Call, observe
 from keras_renorm.src.calibration.passes import Passes
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.calibration.stages import FittedPart, Target, find_stages
-from keras_renorm.src.core.moments import Accumulator, InputSizes, Moments, SizeAccumulator
+from keras_renorm.src.core.moments import Accumulator, Moments
+from keras_renorm.src.core.statistics import Statistics
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.report import LayerReport, describe, growth
 from keras_renorm.src.layers.kernels import name_within
@@ -56,6 +57,7 @@ def prune_calibrated(
     targets: dict[int, Target],
     rule: Rule,
     samples: Samples,
+    gathered: Mapping[int, KernelStatistics],
     prune_without_data: Callable[[list[Target]], list[LayerReport]],
     verbose: int,
 ) -> list[LayerReport]:
@@ -68,6 +70,8 @@ def prune_calibrated(
         targets: the kernels to prune, by the `id` of their variable in `pruned`.
         rule: how to prune.
         samples: the calibration samples.
+        gathered: for a criterion that looks at gradients, the statistics of each kernel, by the `id` of its variable in
+            `pruned`.
         prune_without_data: what to do with kernels that cannot be calibrated, because the samples never reach them or their
             layer is not known as a matrix product.
         verbose: whether to show a progress bar.
@@ -82,14 +86,16 @@ def prune_calibrated(
     passes, scarce = Passes([dense, pruned], samples), {}
     progress = keras.utils.Progbar(len(stages), verbose=verbose, unit_name="layer")
     for stage in stages:
-        for part, moments, sizes in zip(stage, *_collect(stage, passes, rule)):
+        for part, moments, of_inputs in zip(stage, *_collect(stage, passes, rule)):
             _check_finite(part, moments)
             if part.is_normalization:
                 whole = np.ones_like(moments.cross)
                 none = np.zeros_like(moments.power)
                 _adjust(part.pruned, whole, none, moments, moments.squares(whole, none))
             else:
-                reports.append(_treat(part, moments, sizes, rule))
+                known = gathered.get(id(part.products[1].kernel))
+                statistics = of_inputs or (known.statistics if known else moments)
+                reports.append(_treat(part, moments, statistics, rule))
                 if moments.rows < moments.gram.shape[-1]:
                     scarce[part.pruned.name] = moments.gram.shape[-1] / moments.rows
         progress.add(1)
@@ -104,29 +110,30 @@ def prune_calibrated(
     return reports
 
 
-def _collect(stage: list[FittedPart], passes: Passes, rule: Rule) -> tuple[list[Moments], list[InputSizes | None]]:
-    """The moments of each part, and the sizes of its inputs where the criterion needs them: inputs as they come in the pruned
-    model, targets from the dense one."""
+def _collect(stage: list[FittedPart], passes: Passes, rule: Rule) -> tuple[list[Moments], list[Statistics | None]]:
+    """The moments of each part, and where the criterion needs others, its statistics: of inputs as they come in the pruned
+    model; targets are those of the dense one."""
     accumulators = [Accumulator() for _ in stage]
-    by_size = getattr(rule.criterion, "statistics", None) is InputSizes
-    sizes = [SizeAccumulator() if by_size and part.target else None for part in stage]
+    wanted_statistics = getattr(rule.criterion, "statistics", Moments)
+    others = wanted_statistics is not Moments and wanted_statistics.of == "inputs"
+    others = [wanted_statistics.accumulator(part.products[0]) if others and part.target else None for part in stage]
     sums = [part.sum for part in stage if part.sum and getattr(rule.renormalize, "compensates", False)]
     calls = sum(part.calls for part in stage) + len(sums)
     layers = [[getattr(place, model) for place in [*stage, *sums]] for model in ("dense", "pruned")]
     for run_dense, run_pruned in passes.runs(layers):
         wanted = observe(run_dense, layers[0], calls)
         given = observe(run_pruned, layers[1], calls, outputs=False)
-        for part, accumulator, size in zip(stage, accumulators, sizes):
+        for part, accumulator, other in zip(stage, accumulators, others):
             outputs = [part.outputs_in(call) for call in wanted if call.layer is part.dense]
             inputs = [part.inputs_in(call) for call in given if call.layer is part.pruned]
             missing = _missing(part, wanted, given) if part.sum in sums else None
             for one_input, one_output in zip(inputs, outputs):
                 _add_in_pieces(accumulator, part, one_input, one_output, missing)
-                if size is not None:
-                    size.add(one_input)
+                if other is not None:
+                    other.update(one_input)
     return (
         [accumulator.moments(intercept=part.has_intercept) for part, accumulator in zip(stage, accumulators)],
-        [None if size is None else input_sizes(size, part.products[0]) for part, size in zip(stage, sizes)],
+        [other and other.result() for other in others],
     )
 
 
@@ -168,10 +175,10 @@ def _check_finite(part, moments):
         )
 
 
-def _treat(part: FittedPart, moments: Moments, sizes: InputSizes | None, rule: Rule) -> LayerReport:
-    """Choose the mask of a layer, if it is to be pruned, and fit what is left."""
+def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rule: Rule) -> LayerReport:
+    """Choose the mask of a layer, if it is to be pruned, by the criterion's statistics, and fit what is left by the moments."""
     matrix, bias = part.matrix, part.bias
-    mask = matrix != 0 if part.target is None else _choose(part, matrix, moments, sizes, rule)
+    mask = matrix != 0 if part.target is None else _choose(part, matrix, moments, statistics, rule)
     kept = np.where(mask, matrix, 0)
     fitted, new_bias, plain_units = kept, bias, 0
     if isinstance(rule.renormalize, CalibratedRenormalizer):
@@ -215,7 +222,7 @@ def _treat(part: FittedPart, moments: Moments, sizes: InputSizes | None, rule: R
     )
 
 
-def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, sizes: InputSizes | None, rule: Rule) -> np.ndarray:
+def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, statistics: Statistics, rule: Rule) -> np.ndarray:
     shape, target = tuple(part.products[1].kernel.shape), part.target
     if target.keep is not None:
         return part.view.to_matrix(target.keep)
@@ -231,7 +238,7 @@ def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, sizes: Input
         return part.view.to_matrix(mask)
 
     if isinstance(rule.criterion, CalibratedCriterion):
-        return rule.criterion.select(matrix, moments if sizes is None else sizes, mask_of)
+        return rule.criterion.select(matrix, statistics, mask_of)
     return mask_of(part.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(part.products[0].kernel).astype(np.float32))))
 
 

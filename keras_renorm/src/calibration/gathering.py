@@ -1,24 +1,27 @@
-"""Scores of all kernels of a model by one pass of samples through it as it is."""
+"""Statistics of all kernels of a model, from passes of samples through it as it is."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm.src.calibration.gradients import loss_gradients
 from keras_renorm.src.calibration.observing import observe
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.core.moments import Accumulator, InputSizes, SizeAccumulator
-from keras_renorm.src.layers.linear import LinearPart, linear_parts
+from keras_renorm.src.core.statistics import Statistics
+from keras_renorm.src.layers.kernels import Kernel, find_kernels
+from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """A kernel that samples reached: the matrix product that it belongs to, and what is known of its inputs."""
+class KernelStatistics:
+    """The statistics of a kernel, and the matrix product that it belongs to."""
 
     part: LinearPart
     statistics: Any
@@ -33,69 +36,77 @@ class Seen:
         return self.part.view.to_kernel(matrix, tuple(self.part.kernel.shape))
 
 
-def see(model: keras.Model, samples: Samples, statistics: type) -> dict[int, Seen]:
-    """Run samples through a plain model, once.
+def gather_statistics(model: keras.Model, samples: Samples, statistics: type[Statistics]) -> dict[int, KernelStatistics]:
+    """Run samples through a model, once.
 
     Args:
-        model: a built model without prunable layers.
-        samples: the batches.
-        statistics: what to gather: `Moments` (about the model as it is: its outputs are the targets) or `InputSizes`.
+        model: a built model: without prunable layers for statistics of inputs; compiled with its loss for those of gradients,
+            which are with respect to the effective kernels (see `loss_gradients`).
+        samples: the batches, with labels for statistics of gradients.
+        statistics: what to gather, such as `Moments` (about the model as it is: its outputs are the targets) or `Gradients`.
 
     Returns:
-        What is known of each kernel, by the `id` of its variable. Kernels that the samples do not reach, and those of layers
-        that are not known as matrix products (recurrent, embeddings, your own), are not there.
+        The statistics of each kernel, by the `id` of its variable. Statistics of inputs are not there for kernels that the
+        samples do not reach, nor for those of layers that are not known as matrix products (recurrent, embeddings, your own).
     """
+    accumulators: dict[int, tuple[LinearPart, Any]] = {}
+    for part, *seen in _SOURCES[statistics.of](model, samples):
+        if id(part.kernel) not in accumulators:
+            accumulators[id(part.kernel)] = (part, statistics.accumulator(part))
+        accumulators[id(part.kernel)][1].update(*seen)
+    return {key: KernelStatistics(part, accumulator.result()) for key, (part, accumulator) in accumulators.items()}
+
+
+def _inputs(model: keras.Model, samples: Samples) -> Iterator[tuple[LinearPart, Any]]:
     parts = {id(layer): found for layer in model._flatten_layers() if (found := linear_parts(layer))}
     layers = [layer for layer in model._flatten_layers() if id(layer) in parts]
-    gather = _Sizes if statistics is InputSizes else _Moments
-    gathered: dict[int, tuple[LinearPart, Any]] = {}
     for batch in samples:
         for call in observe(lambda batch=batch: model(batch, training=False), layers):
             for part in parts[id(call.layer)]:
-                _, gatherer = gathered.setdefault(id(part.kernel), (part, gather(part)))
-                gatherer.add(part.feed(call.inputs))
-    return {key: Seen(part, gatherer.result()) for key, (part, gatherer) in gathered.items()}
+                yield part, part.feed(call.inputs)
 
 
-class _Sizes:
-    def __init__(self, part: LinearPart):
-        self.part, self.accumulator = part, SizeAccumulator()
-
-    def add(self, inputs):
-        self.accumulator.add(inputs)
-
-    def result(self) -> InputSizes:
-        return input_sizes(self.accumulator, self.part)
-
-
-class _Moments:
-    def __init__(self, part: LinearPart):
-        self.part, self.accumulator = part, Accumulator()
-        matrix = part.view.to_matrix(ops.convert_to_numpy(part.kernel).astype(np.float32))
-        self.matrix = ops.convert_to_tensor(matrix)
-
-    def add(self, inputs):
-        rows = ops.cast(self.part.view.rows(inputs), "float32")
-        self.accumulator.add(rows, ops.matmul(rows, self.matrix))
-
-    def result(self):
-        return self.accumulator.moments(intercept=self.part.bias is not None)
+def _gradients(model: keras.Model, samples: Samples) -> Iterator[tuple[LinearPart, np.ndarray, int]]:
+    parts = _kernels_as_products(model)
+    for batch in samples.labelled():
+        count = len(keras.tree.flatten(batch[0])[0])
+        for part, gradient in zip(parts, loss_gradients(model, batch, [part.kernel for part in parts])):
+            if not np.isfinite(gradient).all():
+                raise ValueError(
+                    f"The gradient of the loss with respect to kernel '{part.kernel.path}' holds NaN or infinity for the "
+                    "samples of argument `calibration`. Check the samples, their labels and the loss. Nothing was changed."
+                )
+            yield part, gradient, count
 
 
-def input_sizes(accumulator: SizeAccumulator, part: LinearPart) -> InputSizes:
-    """What a `SizeAccumulator` gathered for a part of a layer."""
-    groups, _, units = part.view.sizes
-    bias = np.zeros((groups, units))
-    if part.bias is not None:
-        bias = np.abs(ops.convert_to_numpy(part.bias).astype(np.float64)).reshape(groups, units)
-    return InputSizes(accumulator.sizes(part.view.rows), part.taps, bias)
+# What a pass of the samples offers to the accumulators, by `Statistics.of`.
+_SOURCES = {"inputs": _inputs, "gradients": _gradients}
 
 
-def scores_of(seen: Mapping[int, Seen], criterion: Any) -> dict[int, np.ndarray]:
+def _kernels_as_products(model: keras.Model) -> list[LinearPart]:
+    """Every prunable kernel of a model, as the matrix product that it is or has the shape of."""
+    layers = model._flatten_layers(include_self=False)
+    parts = {id(part.kernel): part for layer in layers for part in linear_parts(layer)}
+    for layer in layers:
+        with contextlib.suppress(ValueError):
+            for kernel in find_kernels(layer):
+                parts.setdefault(id(kernel.variable), _by_shape(layer, kernel))
+    return list(parts.values())
+
+
+def _by_shape(layer: keras.Layer, kernel: Kernel) -> LinearPart:
+    """A kernel of a layer that computes something else than a matrix product."""
+    shape = tuple(kernel.variable.shape)
+    units = tuple(axis for axis in range(len(shape)) if axis not in kernel.input_axes)
+    view = LinearView(None, None, shape, ((), kernel.input_axes, units))
+    return LinearPart(layer, kernel.variable, None, view, 1, None)
+
+
+def scores_of(gathered: Mapping[int, KernelStatistics], criterion: Any) -> dict[int, np.ndarray]:
     """The score of each weight, by the `id` of the kernel's variable, shaped like the kernel."""
-    return {key: one.to_kernel(np.asarray(criterion(one.matrix, one.statistics))) for key, one in seen.items()}
+    return {key: one.to_kernel(np.asarray(criterion(one.matrix, one.statistics))) for key, one in gathered.items()}
 
 
-def masks_of(seen: Mapping[int, Seen], criterion: Any) -> dict[int, np.ndarray]:
+def masks_of(gathered: Mapping[int, KernelStatistics], criterion: Any) -> dict[int, np.ndarray]:
     """The masks that a criterion which chooses the count itself gives, by the `id` of the kernel's variable."""
-    return {key: one.to_kernel(criterion.select(one.matrix, one.statistics, None)) for key, one in seen.items()}
+    return {key: one.to_kernel(criterion.select(one.matrix, one.statistics, None)) for key, one in gathered.items()}

@@ -21,19 +21,23 @@ class Samples:
 
     Args:
         data: an array, a list or dict of arrays (one an input of the model), a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
-            generator, or any other iterable of batches. Of a batch that is a tuple `(x, y)` or `(x, y, weights)`, `x` is taken.
+            generator, or any other iterable of batches. Of a batch that is a tuple `(x, y)` or `(x, y, weights)`, `x` is taken,
+            and the rest with `labels`; then arrays are such a tuple, too.
             What a generator yields is kept in a temporary file, as it is needed more than once.
         model: the model that they are for.
         batch_size: how many samples of arrays to run at once; other data come in batches of their own.
+        labels: whether labels are needed, so that `labelled()` gives them.
 
     Raises:
-        ValueError: for samples that the model cannot take: none at all, of the wrong shape or type, or NaN.
+        ValueError: for samples that the model cannot take: none at all, of the wrong shape or type, NaN, or
+            without labels where these are needed.
     """
 
-    def __init__(self, data: Any, model: keras.Model, batch_size: int):
+    def __init__(self, data: Any, model: keras.Model, batch_size: int, labels: bool = False):
         self._inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
         self._structure = getattr(model, "_inputs_struct", None)
         self._name = model.name
+        self._labels = labels
         self._spool = None
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
             raise ValueError(f"Argument `batch_size` must be a positive integer. Received: batch_size={batch_size!r}.")
@@ -47,14 +51,15 @@ class Samples:
                 f"Received: calibration={data!r}."
             )
         if leaves and all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in leaves):
-            arrays = self._check(keras.tree.map_structure(_to_numpy, data))
+            x, *rest = self._split(data) if labels else (keras.tree.map_structure(_to_numpy, data),)
+            arrays = (self._check(x), *rest)
             self._read = lambda: _slices(arrays, batch_size)
         elif isinstance(data, keras.utils.PyDataset):
-            self._read = lambda: map(self._x, (data[index] for index in range(data.num_batches)))
+            self._read = lambda: map(self._split, (data[index] for index in range(data.num_batches)))
         elif hasattr(data, "__iter__") and leaves and not isinstance(data, (str, bytes, list, tuple, dict)):
             if iter(data) is data:
-                self._spool = _Spool(map(self._x, data))
-            self._read = lambda: iter(self._spool) if self._spool else map(self._x, data)
+                self._spool = _Spool(map(self._split, data))
+            self._read = lambda: iter(self._spool) if self._spool else map(self._split, data)
         else:
             raise ValueError(
                 "Argument `calibration` must be an array, a list or a dict of arrays (one an input of the model), a "
@@ -68,8 +73,14 @@ class Samples:
         return [tensor.name for tensor in self._inputs]
 
     def __iter__(self) -> Iterator[Any]:
+        """The inputs of each batch."""
+        for batch, *_ in self.labelled():
+            yield batch
+
+    def labelled(self) -> Iterator[tuple]:
+        """Each batch as `(x,)`, or where labels are needed as `(x, y)` or `(x, y, weights)`."""
         count = 0
-        for batch in self._read():
+        for batch, *rest in self._read():
             batch = self._check(batch)
             size = len(keras.tree.flatten(batch)[0])
             count += size
@@ -79,7 +90,7 @@ class Samples:
                     "such as `itertools.islice(generator, 10)`; a few thousand samples are enough."
                 )
             if size:
-                yield batch
+                yield batch, *rest
         if not count:
             raise ValueError(
                 "Argument `calibration` gave no samples. A generator gives its samples once: make a new one for each call."
@@ -93,12 +104,30 @@ class Samples:
         if self._spool is not None:
             self._spool.file.close()
 
-    def _x(self, batch):
-        """The inputs in a batch, which may be a pair `(x, y)` or, as data loaders have it, a list of these."""
+    def _split(self, batch) -> tuple:
+        """The inputs in a batch, which may be a pair `(x, y)` or, as data loaders have it, a list of these; with its labels."""
+        if self._labels:
+            return self._with_labels(batch)
         if isinstance(batch, (list, tuple)):
             is_inputs = len(batch) == len(self._inputs) > 1 and not any(map(keras.tree.is_nested, batch))
             batch = batch if is_inputs else batch[0]
-        return keras.tree.map_structure(_to_numpy, batch)
+        return (keras.tree.map_structure(_to_numpy, batch),)
+
+    def _with_labels(self, batch) -> tuple:
+        if not isinstance(batch, (list, tuple)) or len(batch) not in (2, 3) or batch[1] is None:
+            raise ValueError(
+                "Argument `calibration` must have labels for this criterion, which asks for gradients of the loss: pass "
+                "`calibration=(x, y)`, or a dataset or generator of such batches. Received: "
+                f"{type(batch).__name__}{f' of length {len(batch)}' if isinstance(batch, (list, tuple)) else ''}."
+            )
+        batch = tuple(keras.tree.map_structure(_to_numpy, part) for part in batch if part is not None)
+        lengths = [leaf.shape[:1] for leaf in keras.tree.flatten(batch)]
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                "Argument `calibration` must have as many labels as samples. Received arrays of shapes "
+                f"{[leaf.shape for leaf in keras.tree.flatten(batch)]}."
+            )
+        return batch
 
     def _check(self, batch):
         leaves = keras.tree.flatten(batch)

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.gathering import scores_of, see
+from keras_renorm.src.calibration.gathering import gather_statistics, scores_of
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.tables import format_table
@@ -100,7 +100,8 @@ def prune_iteratively(
         smallest_step: the step below which there is no further try.
         stop_early: whether a round ends as soon as the metric holds, before `fit`'s epochs are over (with a dict as `fit`).
         layers: which layers of a plain model, as in `keras_renorm.to_prunable`.
-        criterion: what scores the weights; with `calibration` also `"activation"`, `"activity"` and `"obs"`.
+        criterion: what scores the weights; with `calibration` also `"activation"`, `"activity"` and `"obs"`, with
+            labels `"taylor"`.
         pattern: which weights live and die together.
         group: `"layer"` or `"unit"`.
         allocation: how the sparsity is divided among kernels; `"global"`, one threshold on the scores over all of them.
@@ -110,7 +111,7 @@ def prune_iteratively(
             where it was. One run at a time can have it.
         seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`, so that a run that was stopped ends
             as one that was not.
-        calibration: unlabelled samples, as in `keras_renorm.prune`, for criteria that need them.
+        calibration: samples, as in `keras_renorm.prune`, for criteria that need them; `(x, y)` for those that need labels.
         batch_size: how many of these to run at once, where they come as arrays.
         verbose: `"auto"`, 0, 1, or 2: the progress bar.
 
@@ -158,7 +159,7 @@ def prune_iteratively(
     if isinstance(criterion, ADMM) or getattr(criterion, "chooses_count", False):
         raise ValueError(
             f"Argument `criterion` must give scores, by which `step` of the weights go. Received: criterion={criterion!r}. "
-            "Take 'magnitude', 'activation', 'activity' or 'obs'; a share of the activity is what "
+            "Take 'magnitude', 'activation', 'activity', 'obs' or 'taylor'; a share of the activity is what "
             "`keras_renorm.methods.neural_relief` keeps."
         )
     if prunable_layers(model):
@@ -170,7 +171,8 @@ def prune_iteratively(
     if by_data:
         settings["criterion"] = rounds.name_of(criterion)
     with contextlib.ExitStack() as stack:
-        samples = stack.enter_context(Samples(calibration, model, batch_size)) if by_data else None
+        labels = by_data and criterion.statistics.of == "gradients"
+        samples = stack.enter_context(Samples(calibration, model, batch_size, labels)) if by_data else None
 
         def prune(step):
             scores = _scores_by_data(pruned, criterion, samples) if by_data else _scores(pruned)
@@ -192,7 +194,7 @@ def _scores(model: keras.Model) -> dict[int, np.ndarray]:
 
 def _scores_by_data(model: keras.Model, criterion: CalibratedCriterion, samples: Samples) -> dict[int, np.ndarray]:
     plain, variables = plain_copy(model)
-    scores = scores_of(see(plain, samples, criterion.statistics), criterion)
+    scores = scores_of(gather_statistics(plain, samples, criterion.statistics), criterion)
     kernels = [(layer, masked.variable) for layer in prunable_layers(model) for masked in layer.masked_kernels]
     unseen = [layer.name for layer, variable in kernels if id(variables[id(variable)]) not in scores]
     if unseen:
