@@ -19,8 +19,8 @@ import networks
 import numpy as np
 
 from keras_renorm.criteria import Activity
+from keras_renorm.src.calibration.gathering import gather_statistics, masks_of
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import masks_of, see
 from keras_renorm.src.core.moments import InputSizes
 
 
@@ -38,7 +38,7 @@ def main():
             started = time.perf_counter()
             model.predict(images, batch_size=128, verbose=0)
             between = time.perf_counter()
-            seen = see(model, Samples(images, model, 128), InputSizes)
+            seen = gather_statistics(model, Samples(images, model, 128), InputSizes)
             done = time.perf_counter()
             masks_of(seen, Activity(0.95))
             for way, value in zip(seconds, (between - started, done - between, time.perf_counter() - done)):
@@ -48,7 +48,7 @@ def main():
         for way, value in medians.items():
             print(f"{way:26} {value:6.2f} s  {value / medians['predict']:5.2f}x", flush=True)
         tracemalloc.start()
-        see(model, Samples(images, model, 128), InputSizes)
+        gather_statistics(model, Samples(images, model, 128), InputSizes)
         print(f"{'peak of what NumPy holds':26} {tracemalloc.get_traced_memory()[1] / 2**20:6.1f} MiB")
         tracemalloc.stop()
 

@@ -8,5 +8,6 @@ from keras_renorm.src.rules.criteria.base import CalibratedCriterion, Criterion
 from keras_renorm.src.rules.criteria.magnitude import Magnitude
 from keras_renorm.src.rules.criteria.obs import OBS
 from keras_renorm.src.rules.criteria.random import Random
+from keras_renorm.src.rules.criteria.taylor import Taylor
 
-__all__ = ["ADMM", "OBS", "Activation", "Activity", "CalibratedCriterion", "Criterion", "Magnitude", "Random", "get"]
+__all__ = ["ADMM", "OBS", "Activation", "Activity", "CalibratedCriterion", "Criterion", "Magnitude", "Random", "Taylor", "get"]

@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.src.calibration import sites
-from keras_renorm.src.calibration.samples import Call
+from keras_renorm.src.calibration import stages
+from keras_renorm.src.calibration.observing import Call
 from keras_renorm.src.layers.kernels import find_kernels
 from keras_renorm.src.layers.linear import linear_parts
 from tests.calibration.test_samples import WAYS
@@ -183,9 +183,10 @@ def test_normalization_follows_its_input_along_its_own_axis(name):
     # Large means, which plain pruning loses: the fit stays, and deviations are given back.
     samples = samples_for(model) + 2
     twins, (kernel,) = list(zip(model.layers, model.layers)), find_kernels(model.layers[0])
-    targets = {id(kernel.variable): sites.Target(model.layers[0], kernel, kr.patterns.Unstructured(), 0.5)}
-    (site, *others) = [site for stage in sites.find_stages(model, twins, targets, samples, refit=True) for site in stage]
-    assert (site.normalization is not None, len(others)) == (joined, not joined)
+    targets = {id(kernel.variable): stages.Target(model.layers[0], kernel, kr.patterns.Unstructured(), 0.5)}
+    found = stages.find_stages(model, twins, targets, samples, refit=True)
+    (part, *others) = [part for stage in found for part in stage]
+    assert (part.normalization is not None, len(others)) == (joined, not joined)
     pruned = prune(model, 0.5, samples, renormalize="moments", criterion="magnitude")
     outputs = (one.predict(samples, verbose=0) for one in (model, pruned))
     before, after = (np.moveaxis(one, axis, 0).reshape(one.shape[axis], -1) for one in outputs)
@@ -504,8 +505,8 @@ def test_a_call_that_is_not_finite_is_left_to_the_check_that_names_the_layer(val
     tensors["outputs"] = ops.convert_to_numpy(layer(tensors["inputs"])).copy()
     tensors[place][0, 1] = value
     (part,) = linear_parts(layer)
-    site = sites.Site(layer, layer, part.view, (part, part), None, None, 0, None)
-    assert sites._is_linear(Call(layer, **tensors), site)
+    fitted = stages.FittedPart(layer, layer, part.view, (part, part), None, None, 0, None)
+    assert stages._is_linear(Call(layer, **tensors), fitted)
 
 
 def test_nothing_goes_through_a_normalization_whose_factors_are_all_zero():

@@ -1,8 +1,13 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_renorm as kr
+from keras_renorm.src.calibration.gathering import gather_statistics, scores_of
+from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.core.statistics import Gradients
+from keras_renorm.src.kernels.masks import compute_mask
 from keras_renorm.src.layers.kernels import find_kernels
 from tests.layers.cases import CASES, model_around
 from tests.pruning.test_conversion import MODELS, Subclassed, batch_for
@@ -314,3 +319,41 @@ def test_a_scale_that_leaves_the_range_of_floats_is_refused():
     model.get_layer("a").kernel.assign(np.full((4, 1), 3e38))
     with pytest.raises(ValueError, match=r"of layer 'a', scaled by L2\(.*\), holds 2 values that are NaN or infinite"):
         kr.prune(model, 0.5)
+
+
+def labelled(generator):
+    """A trained-like model with its loss, and samples with labels."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((6, 8)), L.Conv1D(6, 3, activation="relu"), L.LSTM(5, name="lstm"), L.Dense(4, name="head")]
+    )
+    model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model, generator.standard_normal((32, 6, 8)).astype("float32"), generator.integers(0, 4, 32)
+
+
+@pytest.mark.parametrize("renormalize", [None, "lstsq"])
+def test_by_the_gradient_of_the_loss(renormalize, generator):
+    """All kernels are scored by it, those of recurrent layers too, and all ways to pass labels give the same."""
+    model, x, y = labelled(generator)
+    how = dict(criterion="taylor", allocation="uniform", renormalize=renormalize, batch_size=8, verbose=0)
+    pruned = kr.prune(model, 0.5, calibration=(x, y), **how)
+    batches = ((x[start : start + 8], y[start : start + 8]) for start in range(0, 32, 8))
+    for one, other in zip(kr.prune(model, 0.5, calibration=batches, **how).get_weights(), pruned.get_weights()):
+        np.testing.assert_array_equal(one, other)
+    assert {row.criterion for row in pruned.pruning_report.rows} == {"Taylor"}
+    with Samples((x, y), model, 8, labels=True) as samples:
+        scores = scores_of(gather_statistics(model, samples, Gradients), kr.criteria.Taylor())
+    for index, kernel in ((0, model.layers[0].kernel), (1, model.layers[1].cell.recurrent_kernel)):
+        weights = next(one for one in pruned.layers[index].weights if one.shape == kernel.shape)
+        kept = ops.convert_to_numpy(weights) != 0
+        if renormalize is None:
+            np.testing.assert_array_equal(kept, compute_mask(scores[id(kernel)], 0.5))
+
+
+def test_the_gradient_needs_labels_and_a_loss(generator):
+    model, x, y = labelled(generator)
+    with pytest.raises(ValueError, match=r"must have labels.*`calibration=\(x, y\)`"):
+        kr.prune(model, 0.5, criterion="taylor", calibration=x)
+    model = keras.models.clone_model(model)
+    with pytest.raises(ValueError, match=r"has no loss.*model.compile\(loss=...\)"):
+        kr.prune(model, 0.5, criterion="taylor", calibration=(x, y), verbose=0)

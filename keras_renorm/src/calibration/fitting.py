@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.samples import Call, Passes, Samples, observe
-from keras_renorm.src.calibration.scoring import input_sizes
-from keras_renorm.src.calibration.sites import Site, Target, find_stages
-from keras_renorm.src.core.moments import Accumulator, InputSizes, Moments, SizeAccumulator
+from keras_renorm.src.calibration.gathering import KernelStatistics
+from keras_renorm.src.calibration.observing import Call, observe
+from keras_renorm.src.calibration.passes import Passes
+from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.stages import FittedPart, Target, find_stages
+from keras_renorm.src.core.moments import Accumulator, Moments
+from keras_renorm.src.core.statistics import Statistics
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.report import LayerReport, describe, growth
 from keras_renorm.src.layers.kernels import name_within
@@ -54,6 +57,7 @@ def prune_calibrated(
     targets: dict[int, Target],
     rule: Rule,
     samples: Samples,
+    gathered: Mapping[int, KernelStatistics],
     prune_without_data: Callable[[list[Target]], list[LayerReport]],
     verbose: int,
 ) -> list[LayerReport]:
@@ -66,6 +70,8 @@ def prune_calibrated(
         targets: the kernels to prune, by the `id` of their variable in `pruned`.
         rule: how to prune.
         samples: the calibration samples.
+        gathered: for a criterion that looks at gradients, the statistics of each kernel, by the `id` of its variable in
+            `pruned`.
         prune_without_data: what to do with kernels that cannot be calibrated, because the samples never reach them or their
             layer is not known as a matrix product.
         verbose: whether to show a progress bar.
@@ -75,21 +81,23 @@ def prune_calibrated(
     """
     refit = isinstance(rule.renormalize, CalibratedRenormalizer)
     stages = find_stages(dense, twins, targets, next(iter(samples)), refit)
-    found = {id(site.target) for stage in stages for site in stage}
+    found = {id(part.target) for stage in stages for part in stage}
     reports = prune_without_data([target for target in targets.values() if id(target) not in found])
     passes, scarce = Passes([dense, pruned], samples), {}
     progress = keras.utils.Progbar(len(stages), verbose=verbose, unit_name="layer")
     for stage in stages:
-        for site, moments, sizes in zip(stage, *_collect(stage, passes, rule)):
-            _check_finite(site, moments)
-            if site.is_normalization:
+        for part, moments, of_inputs in zip(stage, *_collect(stage, passes, rule)):
+            _check_finite(part, moments)
+            if part.is_normalization:
                 whole = np.ones_like(moments.cross)
                 none = np.zeros_like(moments.power)
-                _adjust(site.pruned, whole, none, moments, moments.squares(whole, none))
+                _adjust(part.pruned, whole, none, moments, moments.squares(whole, none))
             else:
-                reports.append(_treat(site, moments, sizes, rule))
+                known = gathered.get(id(part.products[1].kernel))
+                statistics = of_inputs or (known.statistics if known else moments)
+                reports.append(_treat(part, moments, statistics, rule))
                 if moments.rows < moments.gram.shape[-1]:
-                    scarce[site.pruned.name] = moments.gram.shape[-1] / moments.rows
+                    scarce[part.pruned.name] = moments.gram.shape[-1] / moments.rows
         progress.add(1)
     if scarce:
         times = max(scarce.values())
@@ -102,42 +110,43 @@ def prune_calibrated(
     return reports
 
 
-def _collect(stage: list[Site], passes: Passes, rule: Rule) -> tuple[list[Moments], list[InputSizes | None]]:
-    """The moments of each site, and the sizes of its inputs where the criterion needs them: inputs as they come in the pruned
-    model, targets from the dense one."""
+def _collect(stage: list[FittedPart], passes: Passes, rule: Rule) -> tuple[list[Moments], list[Statistics | None]]:
+    """The moments of each part, and where the criterion needs others, its statistics: of inputs as they come in the pruned
+    model; targets are those of the dense one."""
     accumulators = [Accumulator() for _ in stage]
-    by_size = getattr(rule.criterion, "statistics", None) is InputSizes
-    sizes = [SizeAccumulator() if by_size and site.target else None for site in stage]
-    sums = [site.sum for site in stage if site.sum and getattr(rule.renormalize, "compensates", False)]
-    calls = sum(site.calls for site in stage) + len(sums)
+    wanted_statistics = getattr(rule.criterion, "statistics", Moments)
+    others = wanted_statistics is not Moments and wanted_statistics.of == "inputs"
+    others = [wanted_statistics.accumulator(part.products[0]) if others and part.target else None for part in stage]
+    sums = [part.sum for part in stage if part.sum and getattr(rule.renormalize, "compensates", False)]
+    calls = sum(part.calls for part in stage) + len(sums)
     layers = [[getattr(place, model) for place in [*stage, *sums]] for model in ("dense", "pruned")]
     for run_dense, run_pruned in passes.runs(layers):
         wanted = observe(run_dense, layers[0], calls)
         given = observe(run_pruned, layers[1], calls, outputs=False)
-        for site, accumulator, size in zip(stage, accumulators, sizes):
-            outputs = [site.outputs_in(call) for call in wanted if call.layer is site.dense]
-            inputs = [site.inputs_in(call) for call in given if call.layer is site.pruned]
-            missing = _missing(site, wanted, given) if site.sum in sums else None
+        for part, accumulator, other in zip(stage, accumulators, others):
+            outputs = [part.outputs_in(call) for call in wanted if call.layer is part.dense]
+            inputs = [part.inputs_in(call) for call in given if call.layer is part.pruned]
+            missing = _missing(part, wanted, given) if part.sum in sums else None
             for one_input, one_output in zip(inputs, outputs):
-                _add_in_pieces(accumulator, site, one_input, one_output, missing)
-                if size is not None:
-                    size.add(one_input)
+                _add_in_pieces(accumulator, part, one_input, one_output, missing)
+                if other is not None:
+                    other.update(one_input)
     return (
-        [accumulator.moments(intercept=site.has_intercept) for site, accumulator in zip(stage, accumulators)],
-        [None if size is None else input_sizes(size, site.parts[0]) for site, size in zip(stage, sizes)],
+        [accumulator.moments(intercept=part.has_intercept) for part, accumulator in zip(stage, accumulators)],
+        [other and other.result() for other in others],
     )
 
 
-def _missing(site: Site, wanted: list[Call], given: list[Call]) -> Any:
-    """What the other operands of a site's sum lack in the pruned model."""
-    (dense,) = (call.inputs for call in wanted if call.layer is site.sum.dense)
-    (pruned,) = (call.inputs for call in given if call.layer is site.sum.pruned)
-    others = [index for index in range(len(dense)) if index != site.sum.operand]
+def _missing(part: FittedPart, wanted: list[Call], given: list[Call]) -> Any:
+    """What the other operands of a part's sum lack in the pruned model."""
+    (dense,) = (call.inputs for call in wanted if call.layer is part.sum.dense)
+    (pruned,) = (call.inputs for call in given if call.layer is part.sum.pruned)
+    others = [index for index in range(len(dense)) if index != part.sum.operand]
     return sum(ops.cast(dense[index], "float32") - ops.cast(pruned[index], "float32") for index in others)
 
 
-def _add_in_pieces(accumulator: Accumulator, site: Site, inputs: Any, outputs: Any, missing: Any) -> None:
-    view = site.view
+def _add_in_pieces(accumulator: Accumulator, part: FittedPart, inputs: Any, outputs: Any, missing: Any) -> None:
+    view = part.view
     groups, width, units = view.sizes
     rows = int(np.prod(outputs.shape[1:])) // (groups * units)
     length = max(1, PIECE // max(1, rows * groups * width))
@@ -145,66 +154,66 @@ def _add_in_pieces(accumulator: Accumulator, site: Site, inputs: Any, outputs: A
         piece = slice(start, start + length)
         targets = ops.cast(view.targets(outputs[piece]), "float32")
         if missing is not None:
-            targets = targets + view.targets(missing[piece]) / ops.convert_to_tensor(_gain(site))
+            targets = targets + view.targets(missing[piece]) / ops.convert_to_tensor(_gain(part))
         accumulator.add(view.rows(inputs[piece]), targets)
 
 
-def _gain(site: Site) -> np.ndarray:
-    """What a change of a site's output is multiplied by on its way to its sum, shape `(groups, 1, units)`."""
-    groups, _, units = site.view.sizes
-    gain = _factors(site.normalization[0]) if site.normalization else np.ones(groups * units)
+def _gain(part: FittedPart) -> np.ndarray:
+    """What a change of a part's output is multiplied by on its way to its sum, shape `(groups, 1, units)`."""
+    groups, _, units = part.view.sizes
+    gain = _factors(part.normalization[0]) if part.normalization else np.ones(groups * units)
     # Through a channel that is as good as closed nothing can be made up for.
     gain[np.abs(gain) <= 1e-3 * np.abs(gain).max()] = np.inf
     return gain.reshape(groups, 1, units).astype(np.float32)
 
 
-def _check_finite(site, moments):
-    if not all(np.isfinite(part).all() for part in (moments.gram, moments.cross, moments.power)):
+def _check_finite(part, moments):
+    if not all(np.isfinite(one).all() for one in (moments.gram, moments.cross, moments.power)):
         raise ValueError(
-            f"Layer '{site.dense.name}' gets or gives NaN or infinity for the samples of argument `calibration`, so it cannot "
+            f"Layer '{part.dense.name}' gets or gives NaN or infinity for the samples of argument `calibration`, so it cannot "
             "be fitted. Check the samples' range and the model. Nothing was changed."
         )
 
 
-def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -> LayerReport:
-    """Choose the mask of a layer, if it is to be pruned, and fit what is left."""
-    matrix, bias = site.matrix, site.bias
-    mask = matrix != 0 if site.target is None else _choose(site, matrix, moments, sizes, rule)
+def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rule: Rule) -> LayerReport:
+    """Choose the mask of a layer, if it is to be pruned, by the criterion's statistics, and fit what is left by the moments."""
+    matrix, bias = part.matrix, part.bias
+    mask = matrix != 0 if part.target is None else _choose(part, matrix, moments, statistics, rule)
     kept = np.where(mask, matrix, 0)
     fitted, new_bias, plain_units = kept, bias, 0
     if isinstance(rule.renormalize, CalibratedRenormalizer):
         fitted = np.where(mask, rule.renormalize(matrix, mask, moments), 0)
         if not np.isfinite(fitted).all():
             raise ValueError(
-                f"Renormalizer {rule.renormalize!r} gave NaN or infinity for layer '{site.dense.name}'. Nothing was changed."
+                f"Renormalizer {rule.renormalize!r} gave NaN or infinity for layer '{part.dense.name}'. Nothing was changed."
             )
-        new_bias = moments.intercept(fitted) if site.has_intercept else bias
+        new_bias = moments.intercept(fitted) if part.has_intercept else bias
         plain = np.linalg.norm(fitted, axis=1) > ABSURD_GROWTH * np.linalg.norm(matrix, axis=1)
         if rule.renormalize.compensates:
             plain |= moments.squares(fitted, new_bias) > (1 + 1e-3) * moments.squares(kept, bias) + 1e-6 * moments.power
         fitted, new_bias = np.where(plain[:, None], kept, fitted), np.where(plain, bias, new_bias)
         plain_units = int(np.count_nonzero(plain & mask.any(axis=1)))
-        if site.target and site.target.by_units:
+        if part.target and part.target.by_units:
             # What comes after makes up for what is gone, constants included.
             new_bias = np.where(mask.any(axis=1), new_bias, 0)
     elif rule.renormalize is not None:
         fitted = kept * rule.renormalize(matrix, kept, (1,))
-    twin = site.parts[1]
-    twin.kernel.assign(site.view.to_kernel(fitted, tuple(twin.kernel.shape)))
+    twin = part.products[1]
+    twin.kernel.assign(part.view.to_kernel(fitted, tuple(twin.kernel.shape)))
     if twin.bias is not None:
         twin.bias.assign(new_bias.reshape(twin.bias.shape))
-    if site.normalization is not None:
+    if part.normalization is not None:
         offset = np.zeros_like(bias) if twin.bias is None else new_bias
-        _adjust(site.normalization[1], fitted, offset, moments, moments.squares(kept, bias))
-        if site.target and site.target.by_units:
-            silence_normalization(site.normalization[1], ~mask.any(axis=1).reshape(-1))
-    layer = site.target.layer if site.target else site.pruned
+        _adjust(part.normalization[1], fitted, offset, moments, moments.squares(kept, bias))
+        if part.target and part.target.by_units:
+            silence_normalization(part.normalization[1], ~mask.any(axis=1).reshape(-1))
+    layer = part.target.layer if part.target else part.pruned
     return LayerReport(
         layer=rule.name_of(layer),
         kernel=name_within(twin.kernel, layer),
         weights=matrix.size,
         kept=int(np.count_nonzero(mask)),
-        criterion="-" if site.target is None else describe(rule.criterion),
+        criterion="-" if part.target is None else describe(rule.criterion),
         renormalize=describe(rule.renormalize),
         scale=growth(kept, fitted, axis=1),
         error_before=moments.error(kept, bias),
@@ -213,10 +222,10 @@ def _treat(site: Site, moments: Moments, sizes: InputSizes | None, rule: Rule) -
     )
 
 
-def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes | None, rule: Rule) -> np.ndarray:
-    shape, target = tuple(site.parts[1].kernel.shape), site.target
+def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, statistics: Statistics, rule: Rule) -> np.ndarray:
+    shape, target = tuple(part.products[1].kernel.shape), part.target
     if target.keep is not None:
-        return site.view.to_matrix(target.keep)
+        return part.view.to_matrix(target.keep)
     # What comes from an input that never varies can move into the bias, so its weights go first.
     constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
 
@@ -224,13 +233,13 @@ def _choose(site: Site, matrix: np.ndarray, moments: Moments, sizes: InputSizes 
         if constant.any():
             lowest, highest = np.float64(scores.min()), np.float64(scores.max())
             scores = np.where(constant, lowest - (highest - lowest) - 1, scores)
-        scores = site.view.to_kernel(scores, shape)
+        scores = part.view.to_kernel(scores, shape)
         mask = masks.compute_mask(scores, target.sparsity, target.pattern, rule.group, target.kernel.input_axes)
-        return site.view.to_matrix(mask)
+        return part.view.to_matrix(mask)
 
     if isinstance(rule.criterion, CalibratedCriterion):
-        return rule.criterion.select(matrix, moments if sizes is None else sizes, mask_of)
-    return mask_of(site.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(site.parts[0].kernel).astype(np.float32))))
+        return rule.criterion.select(matrix, statistics, mask_of)
+    return mask_of(part.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(part.products[0].kernel).astype(np.float32))))
 
 
 def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarray) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_renorm.src.core.statistics import Statistics
+
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
+class Moments(Statistics):
     """Moments of the rows and targets of a layer seen as `targets = rows @ matrix + bias`, for each of its groups.
 
     Args:
@@ -30,6 +31,10 @@ class Moments:
     power: np.ndarray
     input_mean: np.ndarray
     target_mean: np.ndarray
+
+    @classmethod
+    def accumulator(cls, product):
+        return OwnMoments(product)
 
     def intercept(self, matrix: np.ndarray) -> np.ndarray:
         """The bias with which `matrix` meets the targets in the mean, shape `(groups, units)`."""
@@ -115,6 +120,22 @@ class Accumulator:
         return Moments(self._rows, gram, cross, power, row_mean, target_mean)
 
 
+class OwnMoments:
+    """Adds up the moments of a layer as it is: its targets are what its own kernel gives."""
+
+    def __init__(self, product: Any):
+        self._product, self._accumulator = product, Accumulator()
+        matrix = product.view.to_matrix(ops.convert_to_numpy(product.kernel).astype(np.float32))
+        self._matrix = ops.convert_to_tensor(matrix)
+
+    def update(self, inputs: Any) -> None:
+        rows = ops.cast(self._product.view.rows(inputs), "float32")
+        self._accumulator.add(rows, ops.matmul(rows, self._matrix))
+
+    def result(self) -> Moments:
+        return self._accumulator.moments(intercept=self._product.bias is not None)
+
+
 def _size(tensor: Any) -> Any:
     """The power of two above the largest number along the rows, 1 where all are zero."""
     largest = ops.convert_to_numpy(ops.max(ops.abs(tensor), axis=1, keepdims=True))
@@ -123,7 +144,7 @@ def _size(tensor: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class InputSizes:
+class InputSizes(Statistics):
     """How large the inputs of a layer are, in the mean over the samples, at each of its output positions.
 
     Args:
@@ -136,21 +157,30 @@ class InputSizes:
     taps: int
     bias: np.ndarray
 
+    @classmethod
+    def accumulator(cls, product):
+        return SizeAccumulator(product)
+
 
 class SizeAccumulator:
     """Adds up the sizes of inputs batch by batch: memory for one sample, or one of each shape that comes."""
 
-    def __init__(self):
+    def __init__(self, product: Any):
+        self._product = product
         self._sums: dict[tuple, list] = {}
 
-    def add(self, inputs) -> None:
-        """Take in a tensor, samples first."""
+    def update(self, inputs: Any) -> None:
         size = ops.sum(ops.abs(ops.cast(inputs, "float32")), axis=0)
         entry = self._sums.setdefault(tuple(size.shape), [np.float64(0), 0])
         entry[0] = entry[0] + ops.convert_to_numpy(size)
         entry[1] += int(inputs.shape[0])
 
-    def sizes(self, rows: Callable[[Any], Any]) -> np.ndarray:
-        """Means of shape `(groups, positions, inputs)`; `rows` turns inputs into `(groups, rows, inputs)` as a layer does."""
+    def result(self) -> InputSizes:
+        view, bias = self._product.view, self._product.bias
+        groups, _, units = view.sizes
+        of_bias = np.zeros((groups, units))
+        if bias is not None:
+            of_bias = np.abs(ops.convert_to_numpy(bias).astype(np.float64)).reshape(groups, units)
         means = [ops.convert_to_tensor((total / count)[None], "float32") for total, count in self._sums.values()]
-        return np.concatenate([ops.convert_to_numpy(rows(mean)).astype(np.float64) for mean in means], axis=1)
+        sizes = np.concatenate([ops.convert_to_numpy(view.rows(mean)).astype(np.float64) for mean in means], axis=1)
+        return InputSizes(sizes, self._product.taps, of_bias)

@@ -20,6 +20,7 @@ CALIBRATED_CRITERIA = {
     "activity": f"{_RULES}.criteria.activity:Activity",
     "obs": f"{_RULES}.criteria.obs:OBS",
     "admm": f"{_RULES}.criteria.admm:ADMM",
+    "taylor": f"{_RULES}.criteria.taylor:Taylor",
 }
 PATTERNS = {
     "unstructured": f"{_RULES}.patterns:Unstructured",

@@ -13,8 +13,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm.src.calibration.gathering import gather_statistics, scores_of
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import scores_of, see
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.prunable import prunable_layers, sparsity_of
@@ -107,8 +107,8 @@ def prune_iteratively(
         stop_early: whether a round ends as soon as the metric holds, before all epochs of `fit` (if `fit` is a dict). Defaults
             to `True`.
         layers: the layers of a plain model to prune, as in `keras_renorm.to_prunable`. Defaults to `None`: all.
-        criterion: what scores the weights; with `calibration` also `"activation"`, `"activity"` and `"obs"`. Defaults to
-            `"magnitude"`.
+        criterion: what scores the weights; with `calibration` also `"activation"`, `"activity"` and `"obs"`, and with labels
+            `"taylor"`. Defaults to `"magnitude"`.
         pattern: which weights are removed together. Defaults to `"unstructured"`.
         group: which weights compete with each other: `"layer"` or `"unit"`. Defaults to `"layer"`.
         allocation: how the sparsity is divided among the kernels. Defaults to `"global"`: one threshold on the scores for all.
@@ -119,7 +119,8 @@ def prune_iteratively(
             run is resumed. Only one run at a time can use it. Defaults to `None`: no state is kept.
         seed: integer. Round `r` begins with `keras.utils.set_random_seed(seed + r)`, so that a resumed run ends like one that
             was not stopped. Defaults to 0.
-        calibration: unlabelled samples, as in `keras_renorm.prune`, for criteria that need them. Defaults to `None`.
+        calibration: samples, as in `keras_renorm.prune`, for criteria that need them; `(x, y)` for criteria that need labels.
+            Defaults to `None`.
         batch_size: batch size for `calibration`, if it is an array. Defaults to 128.
         verbose: `"auto"`, 0, 1, or 2: the progress bar. Defaults to `"auto"`.
 
@@ -167,7 +168,7 @@ def prune_iteratively(
     if isinstance(criterion, ADMM) or getattr(criterion, "chooses_count", False):
         raise ValueError(
             f"Argument `criterion` must give scores, by which `step` of the weights go. Received: criterion={criterion!r}. "
-            "Take 'magnitude', 'activation', 'activity' or 'obs'; a share of the activity is what "
+            "Take 'magnitude', 'activation', 'activity', 'obs' or 'taylor'; a share of the activity is what "
             "`keras_renorm.methods.neural_relief` keeps."
         )
     if prunable_layers(model):
@@ -179,7 +180,8 @@ def prune_iteratively(
     if by_data:
         settings["criterion"] = name_of(criterion)
     with contextlib.ExitStack() as stack:
-        samples = stack.enter_context(Samples(calibration, model, batch_size)) if by_data else None
+        labels = by_data and criterion.statistics.of == "gradients"
+        samples = stack.enter_context(Samples(calibration, model, batch_size, labels)) if by_data else None
 
         def prune(step):
             scores = _scores_by_data(pruned, criterion, samples) if by_data else _scores(pruned)
@@ -201,7 +203,7 @@ def _scores(model: keras.Model) -> dict[int, np.ndarray]:
 
 def _scores_by_data(model: keras.Model, criterion: CalibratedCriterion, samples: Samples) -> dict[int, np.ndarray]:
     plain, variables = plain_copy(model)
-    scores = scores_of(see(plain, samples, criterion.statistics), criterion)
+    scores = scores_of(gather_statistics(plain, samples, criterion.statistics), criterion)
     kernels = [(layer, masked.variable) for layer in prunable_layers(model) for masked in layer.masked_kernels]
     unseen = [layer.name for layer, variable in kernels if id(variables[id(variable)]) not in scores]
     if unseen:

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm.src.calibration.gathering import KernelStatistics, gather_statistics, masks_of
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import Seen, masks_of, see
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.keras_internals import flatten_layers, history_of, inbound_nodes
 from keras_renorm.src.core.moments import InputSizes
@@ -205,14 +205,14 @@ def neural_relief(
     return NeuralRelief(plain_copy(pruned)[0], tuple(state.history), metric, state.floor)
 
 
-def _see(model: keras.Model, samples: Samples) -> dict[int, Seen]:
+def _see(model: keras.Model, samples: Samples) -> dict[int, KernelStatistics]:
     """What is known of the inputs of each kernel, by the `id` of its variable."""
     plain, variables = plain_copy(model)
-    seen = see(plain, samples, InputSizes)
+    seen = gather_statistics(plain, samples, InputSizes)
     return {key: seen[id(variable)] for key, variable in variables.items() if id(variable) in seen}
 
 
-def _keep_shares(model: keras.Model, seen: dict[int, Seen], alpha_conv: float, alpha_dense: float) -> None:
+def _keep_shares(model: keras.Model, seen: dict[int, KernelStatistics], alpha_conv: float, alpha_dense: float) -> None:
     conv = {key: one for key, one in seen.items() if hasattr(one.part.layer, "kernel_size")}
     masks = masks_of(conv, Activity(alpha_conv))
     masks.update(masks_of({key: one for key, one in seen.items() if key not in conv}, Activity(alpha_dense)))

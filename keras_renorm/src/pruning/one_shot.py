@@ -11,13 +11,15 @@ import keras
 import numpy as np
 
 from keras_renorm.src.calibration.fitting import Rule, prune_calibrated, silence_normalization
-from keras_renorm.src.calibration.samples import OutputError, Samples, warn_of_odd_samples
-from keras_renorm.src.calibration.scoring import Seen, see
-from keras_renorm.src.calibration.sites import Target
+from keras_renorm.src.calibration.gathering import KernelStatistics, gather_statistics
+from keras_renorm.src.calibration.output_error import OutputError
+from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.scaling import warn_of_odd_samples
+from keras_renorm.src.calibration.stages import Target
 from keras_renorm.src.core import names, validation
 from keras_renorm.src.core.arrays import as_array, for_another, masked
 from keras_renorm.src.core.keras_internals import flatten_layers
-from keras_renorm.src.core.moments import InputSizes
+from keras_renorm.src.core.moments import Moments
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.events import in_float, new_scale, prune_kernel
 from keras_renorm.src.kernels.report import LayerReport, PruningReport, describe
@@ -66,8 +68,9 @@ def prune(
             `"user/fc1"` is layer `"fc1"` of the model `"user"` within this one.
             `None` with a criterion that chooses the count itself.
         criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`; with samples also
-            `"activation"`, `"activity"`, `"obs"` and `"admm"`, and `keras_renorm.criteria.Activity(share)`, which chooses the
-            count itself. `"auto"` is `"admm"` with samples, else `"magnitude"`.
+            `"activation"`, `"activity"`, `"obs"` and `"admm"`, with labels `"taylor"`, and
+            `keras_renorm.criteria.Activity(share)`, which chooses the count itself. `"auto"` is `"admm"` with samples, else
+            `"magnitude"`.
         pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance. With
             `"unit"`, units that meet in sums go together, what is gone gives zero (`keras_renorm.compact` then takes it out),
             and layers that make the model's outputs stay whole, unless `layers` names them. Notes of the report say which
@@ -81,7 +84,8 @@ def prune(
             `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, your own layers)
             get the latter where the outputs for the samples are then nearer than without.
         calibration: unlabelled samples: an array, a list or a dict of arrays (one an input), a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or a generator of batches; of batches `(x, y)`, `x` is taken.
+            `keras.utils.PyDataset`, or a generator of batches; of batches `(x, y)`, `x` is taken. A criterion that needs
+            labels, `"taylor"`, wants `(x, y)` or such batches, and a model that is compiled with its loss.
         layers: which layers, as in `keras_renorm.to_prunable`.
         target: the runtime that is to be fast, which chooses the pattern of each layer that no dict names: `"litert"` (1x4
             blocks in Dense, single weights in 1x1 convolutions of networks that XNNPACK computes sparsely, whole units in
@@ -141,7 +145,9 @@ def prune(
         for kernel in kernels[id(layer)]:
             validation.check_finite(as_array(kernel.variable), _name(kernel, layer))
     with contextlib.ExitStack() as stack:
-        samples = stack.enter_context(Samples(calibration, model, batch_size)) if calibrated else None
+        statistics = getattr(rule.criterion, "statistics", Moments)
+        labels = statistics.of == "gradients"
+        samples = stack.enter_context(Samples(calibration, model, batch_size, labels)) if calibrated else None
         if calibrated:
             warn_of_odd_samples(model, samples)
         first = keras.tree.map_structure(lambda leaf: leaf[:1], next(iter(samples))) if calibrated else None
@@ -159,7 +165,7 @@ def prune(
             twins = [(layer, copies[id(layer)]) for layer in flatten_layers(model, include_self=False)]
             distance = OutputError(model, samples)
             # Kernels that cannot be fitted may still be scored.
-            seen = see(pruned, samples, InputSizes) if getattr(rule.criterion, "statistics", None) is InputSizes else {}
+            gathered = gather_statistics(pruned, samples, statistics) if statistics is not Moments else {}
             rows = prune_calibrated(
                 model,
                 pruned,
@@ -167,7 +173,8 @@ def prune(
                 {id(target.kernel.variable): target for target in targets},
                 rule,
                 samples,
-                lambda alone: _prune_alone(alone, rule, seen, lambda: distance(pruned)),
+                gathered if labels else {},
+                lambda alone: _prune_alone(alone, rule, gathered, lambda: distance(pruned)),
                 verbose,
             )
         else:
@@ -294,12 +301,14 @@ def _prune_backwards(model: keras.Model, targets: list[Target], rule: Rule) -> l
     return rows
 
 
-def _prune_alone(targets: list[Target], rule: Rule, seen: dict[int, Seen], error: Callable[[], float]) -> list[LayerReport]:
+def _prune_alone(
+    targets: list[Target], rule: Rule, gathered: dict[int, KernelStatistics], error: Callable[[], float]
+) -> list[LayerReport]:
     """Prune kernels that samples cannot serve; where a fit was asked for, they are scaled only if that is nearer."""
     fitted = isinstance(rule.renormalize, CalibratedRenormalizer)
     without = dataclasses.replace(rule, renormalize=None) if fitted else rule
     before = [in_float(as_array(target.kernel.variable)).copy() for target in targets]
-    rows = [_prune_without_data(target, without, seen=seen.get(id(target.kernel.variable))) for target in targets]
+    rows = [_prune_without_data(target, without, known=gathered.get(id(target.kernel.variable))) for target in targets]
     renormalize = renorm.get("auto", rule.group)
     if not (fitted and targets) or renormalize is None:
         return rows
@@ -395,8 +404,10 @@ def _limits(scale: Any, mask: np.ndarray, axes: tuple[int, ...]) -> tuple[float,
     return float(factors.min()), float(factors.max())
 
 
-def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = None, seen: Seen | None = None) -> LayerReport:
-    """Prune a kernel on its own; `seen` is what is known of its inputs, if the criterion asks for no more."""
+def _prune_without_data(
+    target: Target, rule: Rule, read: np.ndarray | None = None, known: KernelStatistics | None = None
+) -> LayerReport:
+    """Prune a kernel on its own; `known` are the statistics that the criterion asks for, if there are some."""
     variable, axes = target.kernel.variable, target.kernel.input_axes
     criterion = scored_by = rule.criterion
     renormalize = rule.renormalize
@@ -407,16 +418,16 @@ def _prune_without_data(target: Target, rule: Rule, read: np.ndarray | None = No
         mask = target.keep
         scale = new_scale(values, None, mask, 1.0, renormalize, axes)
     elif target.sparsity is None:
-        if seen is None:
+        if known is None:
             raise ValueError(
                 f"Criterion {criterion!r} cannot choose how many weights stay. {_name(target.kernel, target.layer)}: samples "
                 "do not show what its inputs carry. Leave the layer out with `layers=`. Nothing was changed."
             )
-        mask = seen.to_kernel(criterion.select(seen.matrix, seen.statistics, None))
+        mask = known.to_kernel(criterion.select(known.matrix, known.statistics, None))
         scale = new_scale(values, None, mask, 1.0, renormalize, axes)
     else:
-        if seen is not None:
-            scores = seen.to_kernel(criterion(seen.matrix, seen.statistics))
+        if known is not None:
+            scores = known.to_kernel(criterion(known.matrix, known.statistics))
             scored_by = lambda kernel: scores  # noqa: E731
         elif isinstance(criterion, CalibratedCriterion):
             criterion = scored_by = Magnitude()

@@ -5,6 +5,7 @@ import keras_renorm as kr
 from keras_renorm import criteria
 from keras_renorm.src.core import least_squares, names
 from keras_renorm.src.core.moments import InputSizes, Moments
+from keras_renorm.src.core.statistics import Gradients
 from keras_renorm.src.kernels.masks import compute_mask
 from keras_renorm.src.rules.criteria.activity import keep_share
 from tests.core.test_moments import moments_of
@@ -43,6 +44,12 @@ def test_activity_of_slices_by_hand():
     np.testing.assert_allclose(scores, np.full((1, 2, 1), np.sqrt(61)))
 
 
+def test_taylor_by_hand():
+    gradients = Gradients(np.zeros((1, 2, 2)), np.array([[[4.0, 1.0], [0.0, 16.0]]]))
+    scores = criteria.Taylor()(np.array([[[-2.0, 1.0], [3.0, 0.5]]]), gradients)
+    np.testing.assert_allclose(scores, [[[4, 1], [0, 2]]])
+
+
 @pytest.mark.parametrize(
     ("share", "kept"),
     [(0.5, [1, 0, 0, 0]), (0.51, [1, 1, 0, 0]), (0.8, [1, 1, 0, 0]), (0.81, [1, 1, 1, 0]), (1.0, [1, 1, 1, 0])],
@@ -74,6 +81,10 @@ def statistics(name, x, matrix):
     """What a criterion is called with, for rows `x` of shape `(groups, rows, inputs)`."""
     if KNOWN[name].statistics is InputSizes:
         return InputSizes(np.abs(x).mean(axis=1, keepdims=True), taps=1, bias=np.zeros((len(x), matrix.shape[-1])))
+    if KNOWN[name].statistics is Gradients:
+        # Of the mean squared output.
+        gradient = x.swapaxes(1, 2) @ x @ matrix / x.shape[1]
+        return Gradients(gradient, np.square(gradient))
     return moments_of(x, x @ matrix)
 
 

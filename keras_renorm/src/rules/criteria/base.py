@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_renorm.src.core import registry
 from keras_renorm.src.core.moments import Moments
+from keras_renorm.src.core.statistics import Statistics
 
 
 class Criterion(registry.Configurable):
@@ -26,11 +27,12 @@ class Criterion(registry.Configurable):
 class CalibratedCriterion(Criterion):
     """Base class: scores the weights of a layer by the data that goes through it (`keras_renorm.prune` with `calibration`).
 
-    `statistics` is what it needs to know of the data: `Moments` or `InputSizes`. `chooses_count` says that it decides itself
-    how many weights stay, so that no sparsity is asked for.
+    `statistics` names what it needs to know of the data: `Moments` or `InputSizes` of the inputs, or `Gradients` of the loss,
+    for which samples need labels. `chooses_count` says that it decides itself how many weights stay, so that no sparsity is
+    asked for.
     """
 
-    statistics: type = Moments
+    statistics: type[Statistics] = Moments
     chooses_count = False
 
     def __call__(self, matrix: np.ndarray, statistics: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.samples import Call, observe
+from keras_renorm.src.calibration.observing import Call, observe
 from keras_renorm.src.layers.kernels import Kernel
 from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
 from keras_renorm.src.rules import patterns
@@ -43,7 +43,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """An `Add` that takes, as its operand number `operand`, what a site makes."""
+    """An `Add` that takes, as its operand number `operand`, the output of a part."""
 
     dense: keras.Layer
     pruned: keras.Layer
@@ -51,14 +51,14 @@ class Sum:
 
 
 @dataclasses.dataclass
-class Site:
-    """What is visited: a matrix product in a layer, or a BatchNormalization.
+class FittedPart:
+    """A part of a layer that is fitted to its twin in the dense model: a matrix product, or a BatchNormalization.
 
     Args:
         dense: the layer in the dense model.
         pruned: its twin in the model that is being pruned.
         view: how it is seen as a matrix product.
-        parts: the matrix product (dense, pruned); `None` for a BatchNormalization.
+        products: the matrix product (dense, pruned); `None` for a BatchNormalization.
         following: the matrix product of the dense layer that takes what this one makes; `None` if the layer gives that.
         target: how to prune it; `None` if it is only fitted.
         first_call: when the layer is called first.
@@ -72,7 +72,7 @@ class Site:
     dense: keras.Layer
     pruned: keras.Layer
     view: LinearView
-    parts: tuple[LinearPart, LinearPart] | None
+    products: tuple[LinearPart, LinearPart] | None
     following: LinearPart | None
     target: Target | None
     first_call: int
@@ -87,26 +87,26 @@ class Site:
 
     @property
     def has_intercept(self) -> bool:
-        return self.is_normalization or self.normalization is not None or self.parts[0].bias is not None
+        return self.is_normalization or self.normalization is not None or self.products[0].bias is not None
 
     @property
     def matrix(self) -> np.ndarray:
         """The dense kernel, shape `(groups, inputs, units)`."""
-        return self.view.to_matrix(ops.convert_to_numpy(self.parts[0].kernel).astype(np.float64))
+        return self.view.to_matrix(ops.convert_to_numpy(self.products[0].kernel).astype(np.float64))
 
     @property
     def bias(self) -> np.ndarray:
         """The dense bias or zeros, shape `(groups, units)`."""
         groups, _, units = self.view.sizes
-        if self.parts[0].bias is None:
+        if self.products[0].bias is None:
             return np.zeros((groups, units))
-        return ops.convert_to_numpy(self.parts[0].bias).astype(np.float64).reshape(groups, units)
+        return ops.convert_to_numpy(self.products[0].bias).astype(np.float64).reshape(groups, units)
 
     def inputs_in(self, call: Call) -> Any:
         """What it takes in a call of either layer."""
         if self.is_normalization:
             return call.inputs
-        return self.parts[0 if call.layer is self.dense else 1].feed(call.inputs)
+        return self.products[0 if call.layer is self.dense else 1].feed(call.inputs)
 
     def outputs_in(self, call: Call) -> Any:
         """What it should make in a call of the dense layer."""
@@ -121,8 +121,8 @@ def find_stages(
     targets: dict[int, Target],
     batch: Any,
     refit: bool,
-) -> list[list[Site]]:
-    """The sites in the order in which the dense model calls them; those that are called with the same tensor, such as query,
+) -> list[list[FittedPart]]:
+    """The parts in the order in which the dense model calls them; those that are called with the same tensor, such as query,
     key and value, share a stage, as one pass over the samples serves them all.
 
     Args:
@@ -140,18 +140,18 @@ def find_stages(
         elif refit and isinstance(old, L.Add):
             sums[id(old)] = (old, new)
     calls = observe(lambda: dense(batch, training=False), [old for old, *_ in [*candidates.values(), *sums.values()]])
-    of_layers: dict[int, list[Site]] = {}
+    of_layers: dict[int, list[FittedPart]] = {}
     for index, call in enumerate(calls):
         if id(call.layer) in sums:
             continue
         old, new, products = candidates[id(call.layer)]
         if id(old) in of_layers:
-            for site in of_layers[id(old)]:
-                site.calls += 1
-                site.inputs = None
+            for part in of_layers[id(old)]:
+                part.calls += 1
+                part.inputs = None
             continue
-        made = [Site(old, new, *product, index, (id(call.inputs), place)) for place, product in enumerate(products)]
-        of_layers[id(old)] = made if all(_is_linear(call, site) for site in made) else []
+        made = [FittedPart(old, new, *product, index, (id(call.inputs), place)) for place, product in enumerate(products)]
+        of_layers[id(old)] = made if all(_is_linear(call, part) for part in made) else []
     silent = [
         new.name
         for key, (_, new, products) in candidates.items()
@@ -161,18 +161,18 @@ def find_stages(
         warnings.warn(
             f"The samples of argument `calibration` never reach layers {silent}: they are pruned without data.", stacklevel=4
         )
-    sites = [site for made in of_layers.values() for site in made]
-    pruned = [site for site in sites if site.target is not None]
-    # What comes before all that is pruned is left alone; a target that is no site may be anywhere.
+    parts = [part for made in of_layers.values() for part in made]
+    pruned = [part for part in parts if part.target is not None]
+    # What comes before all that is pruned is left alone; a target outside of these parts may be anywhere.
     first = 0 if len(pruned) < len(targets) else pruned[0].first_call
-    usable = [site for site in sites if site.first_call >= first]
+    usable = [part for part in parts if part.first_call >= first]
     makers = _join_normalizations(usable, calls)
-    joined = {id(site.normalization[0]) for site in usable if site.normalization}
-    stages: dict[Any, list[Site]] = {}
-    for site in usable:
-        if id(site.dense) not in joined:
-            stages.setdefault(site.inputs or -id(site), []).append(site)
-    _join_sums([site for stage in stages.values() for site in stage], sums, makers, calls)
+    joined = {id(part.normalization[0]) for part in usable if part.normalization}
+    stages: dict[Any, list[FittedPart]] = {}
+    for part in usable:
+        if id(part.dense) not in joined:
+            stages.setdefault(part.inputs or -id(part), []).append(part)
+    _join_sums([part for stage in stages.values() for part in stage], sums, makers, calls)
     return list(stages.values())
 
 
@@ -197,33 +197,33 @@ def _by_feature(layer: keras.layers.BatchNormalization) -> LinearView:
     return LinearView(by_feature, by_feature, (features,), ((0,), (), ()))
 
 
-def _is_linear(call: Call, site: Site) -> bool:
+def _is_linear(call: Call, part: FittedPart) -> bool:
     """Whether the call is what the view takes it for: not inside `vmap`, nor in a subclass that computes something else."""
     try:
-        tensors = (site.inputs_in(call), site.outputs_in(call))
+        tensors = (part.inputs_in(call), part.outputs_in(call))
         inputs, outputs = (ops.convert_to_tensor(ops.convert_to_numpy(tensor)[:1], "float32") for tensor in tensors)
     except Exception:
         return False
-    if site.is_normalization:
+    if part.is_normalization:
         return True
-    rows, targets = (ops.convert_to_numpy(part)[:, :256] for part in (site.view.rows(inputs), site.view.targets(outputs)))
+    rows, targets = (ops.convert_to_numpy(one)[:, :256] for one in (part.view.rows(inputs), part.view.targets(outputs)))
     if not (np.isfinite(rows).all() and np.isfinite(targets).all()):
         # Nothing can be compared; the layer is refused by its name when its moments are taken.
         return True
-    here = rows @ site.matrix + site.bias[:, None]
+    here = rows @ part.matrix + part.bias[:, None]
     # Half precision rounds to 2 ** -8.
     return here.shape == targets.shape and np.allclose(here, targets, rtol=0.02, atol=0.02 * np.abs(targets).max(initial=0))
 
 
-def _join_normalizations(sites: list[Site], calls: list[Call]) -> dict[int, Site]:
+def _join_normalizations(parts: list[FittedPart], calls: list[Call]) -> dict[int, FittedPart]:
     """A BatchNormalization that takes a layer's very output is adjusted along with that layer, without a pass of its own.
 
-    Returns the site that makes each tensor, by the tensor's `id`; what such a normalization makes counts as the layer's.
+    Returns the part that makes each tensor, by the tensor's `id`; what such a normalization makes counts as the layer's.
     """
     # Of the products of a layer the last one makes its outputs.
-    by_layer = {id(site.dense): site for site in sites}
+    by_layer = {id(part.dense): part for part in parts}
     makers = {id(call.outputs): by_layer[id(call.layer)] for call in calls if id(call.layer) in by_layer}
-    makers = {key: site for key, site in makers.items() if _output_is_linear(site.dense)}
+    makers = {key: part for key, part in makers.items() if _output_is_linear(part.dense)}
     for call in calls:
         before, here = makers.get(id(call.inputs)), by_layer.get(id(call.layer))
         if before is None or here is None or before.is_normalization or not here.is_normalization:
@@ -249,9 +249,9 @@ def _output_is_linear(layer) -> bool:
     return getattr(layer, "activation", None) in (None, keras.activations.linear)
 
 
-def _join_sums(sites: list[Site], sums: dict, makers: dict[int, Site], calls: list[Call]) -> None:
+def _join_sums(parts: list[FittedPart], sums: dict, makers: dict[int, FittedPart], calls: list[Call]) -> None:
     """Of the operands of an `Add`, the one that is visited last can make up for what the others miss."""
-    order = {id(site): index for index, site in enumerate(sites)}
+    order = {id(part): index for index, part in enumerate(parts)}
     for call in calls:
         if id(call.layer) not in sums:
             continue
@@ -259,6 +259,6 @@ def _join_sums(sites: list[Site], sums: dict, makers: dict[int, Site], calls: li
         broadcast = len({tuple(tensor.shape) for tensor in call.inputs}) > 1
         if broadcast or sum(other.layer is call.layer for other in calls) > 1:
             continue
-        last = max((site for site in made if id(site) in order), key=lambda site: order[id(site)], default=None)
+        last = max((part for part in made if id(part) in order), key=lambda part: order[id(part)], default=None)
         if last is not None and last.calls == 1 and made.count(last) == 1 and last.sum is None and not last.is_normalization:
             last.sum = Sum(*sums[id(call.layer)], made.index(last))

@@ -5,9 +5,11 @@ from keras import ops
 
 import keras_renorm as kr
 from keras_renorm import criteria
+from keras_renorm.src.calibration.gathering import gather_statistics, masks_of, scores_of
+from keras_renorm.src.calibration.gradients import loss_gradients
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.scoring import masks_of, scores_of, see
 from keras_renorm.src.core.moments import InputSizes, Moments
+from keras_renorm.src.core.statistics import Gradients
 from keras_renorm.src.kernels.masks import compute_mask
 
 L = keras.layers
@@ -57,7 +59,7 @@ def slow_scores(layer, kernel, x):
 def test_activity_is_what_a_direct_computation_gives(name, bias):
     model, x = built(*CASES[name], bias)
     layer = model.layers[-1]
-    scores = scores_of(see(model, Samples(x, model, batch_size=4), InputSizes), criteria.Activity())
+    scores = scores_of(gather_statistics(model, Samples(x, model, batch_size=4), InputSizes), criteria.Activity())
     assert list(scores) == [id(layer.kernel)]
     np.testing.assert_allclose(scores[id(layer.kernel)], slow_scores(layer, layer.kernel, x), rtol=2e-5, atol=1e-6)
 
@@ -67,7 +69,7 @@ def test_activity_of_a_separable_convolution(strides):
     make = lambda use_bias: L.SeparableConv2D(4, 3, strides=strides, depth_multiplier=2, use_bias=use_bias)  # noqa: E731
     model, x = built(make, (6, 6, 3), True)
     layer = model.layers[-1]
-    scores = scores_of(see(model, Samples(x, model, batch_size=4), InputSizes), criteria.Activity())
+    scores = scores_of(gather_statistics(model, Samples(x, model, batch_size=4), InputSizes), criteria.Activity())
     depthwise = L.DepthwiseConv2D(3, strides=strides, depth_multiplier=2, use_bias=False)
     pointwise = L.Conv2D(4, 1, use_bias=False)
     between = depthwise(x)
@@ -84,7 +86,7 @@ def test_activity_of_a_separable_convolution(strides):
 
 def test_moments_of_a_whole_model_at_once():
     model, x = built(*CASES["dense"], True)
-    seen = see(model, Samples(x, model, batch_size=4), Moments)[id(model.layers[-1].kernel)]
+    seen = gather_statistics(model, Samples(x, model, batch_size=4), Moments)[id(model.layers[-1].kernel)]
     centred = x - x.mean(axis=0)
     np.testing.assert_allclose(seen.statistics.gram[0], centred.T @ centred / len(x), rtol=1e-4, atol=1e-6)
     scores = scores_of({0: seen}, criteria.Activation())[0]
@@ -96,7 +98,7 @@ def test_memory_does_not_grow_with_the_samples():
     model, x = built(*CASES["conv2d"], True)
     many = np.repeat(x, 40, axis=0)
     once, often = (
-        see(model, Samples(data, model, batch_size=5), InputSizes)[id(model.layers[-1].kernel)].statistics.sizes
+        gather_statistics(model, Samples(data, model, batch_size=5), InputSizes)[id(model.layers[-1].kernel)].statistics.sizes
         for data in (x, many)
     )
     np.testing.assert_allclose(once, often, rtol=1e-5)
@@ -111,7 +113,7 @@ def test_a_share_keeps_whole_slices_and_needs_no_sparsity():
     assert (slices.all(axis=0) | ~slices.any(axis=0)).all()
     assert not kept.all()
     assert kept.any()
-    masks = masks_of(see(model, Samples(x, model, batch_size=4), InputSizes), criteria.Activity(0.7))
+    masks = masks_of(gather_statistics(model, Samples(x, model, batch_size=4), InputSizes), criteria.Activity(0.7))
     np.testing.assert_array_equal(kept, masks[id(model.layers[-1].kernel)])
 
 
@@ -120,7 +122,7 @@ def test_prunes_separable_convolutions_by_activity(renormalize):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((8, 8, 3)), L.SeparableConv2D(6, 3), L.GlobalAveragePooling2D(), L.Dense(4)])
     x = np.random.default_rng(0).standard_normal((32, 8, 8, 3)).astype("float32")
-    scores = scores_of(see(model, Samples(x, model, batch_size=32), InputSizes), criteria.Activity())
+    scores = scores_of(gather_statistics(model, Samples(x, model, batch_size=32), InputSizes), criteria.Activity())
     scores = scores[id(model.layers[0].pointwise_kernel)]
     pruned = kr.prune(model, {"separable*": 0.5}, criterion="activity", calibration=x, renormalize=renormalize, verbose=0)
     kept = ops.convert_to_numpy(pruned.layers[0].pointwise_kernel) != 0
@@ -139,3 +141,39 @@ def test_the_share_and_a_sparsity_exclude_each_other():
     samples = np.random.default_rng(0).standard_normal((8, 4, 3)).astype("float32")
     with pytest.raises(ValueError, match=r"cannot choose how many weights stay. Kernel .*lstm.*`layers=`"):
         kr.prune(recurrent, criterion=criteria.Activity(0.9), calibration=samples, verbose=0)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_gradients_are_the_same_however_large_the_batches_are(name):
+    model, x = built(*CASES[name], True)
+    model.compile(loss="mse")
+    y = np.zeros((len(x), *model(x).shape[1:]), "float32")
+    kernel = model.layers[-1].kernel
+    whole, pieces = (
+        gather_statistics(model, Samples((x, y), model, batch_size, labels=True), Gradients)[id(kernel)]
+        for batch_size in (6, 4)
+    )
+    np.testing.assert_allclose(pieces.statistics.mean, whole.statistics.mean, rtol=1e-4, atol=1e-5)
+    assert whole.statistics.mean.shape == whole.matrix.shape
+    np.testing.assert_allclose(whole.statistics.square, whole.statistics.mean**2, rtol=1e-4, atol=1e-9)
+    (gradient,) = loss_gradients(model, (x, y), [kernel])
+    np.testing.assert_allclose(whole.to_kernel(whole.statistics.mean), gradient, rtol=1e-5)
+
+
+def test_gradients_of_kernels_that_are_no_matrix_products():
+    model = keras.Sequential([keras.Input((6,), dtype="int32"), L.Embedding(10, 4), L.LSTM(5), L.Dense(3)])
+    model.compile(loss="mse")
+    x, y = np.arange(24).reshape(4, 6) % 10, np.zeros((4, 3), "float32")
+    gathered = gather_statistics(model, Samples((x, y), model, 4, labels=True), Gradients)
+    kernels = [variable for variable in model.trainable_variables if len(variable.shape) > 1]
+    assert list(gathered) == [id(model.layers[-1].kernel), *(id(kernel) for kernel in kernels[:-1])]
+    (gradient,) = loss_gradients(model, (x, y), [kernels[0]])
+    one = gathered[id(kernels[0])]
+    np.testing.assert_allclose(one.to_kernel(one.statistics.mean), gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_gradients_that_are_not_finite():
+    model, x = built(*CASES["dense"], True)
+    model.compile(loss=lambda y, outputs: outputs / 0.0)
+    with pytest.raises(ValueError, match="gradient of the loss .*kernel.* NaN or infinity.*Nothing was changed"):
+        gather_statistics(model, Samples((x, np.zeros((6, 3))), model, 4, labels=True), Gradients)
