@@ -212,6 +212,20 @@ def test_criteria_that_need_samples(criterion):
     assert kept.sum(axis=1).tolist() == [0, 0, 0, 0, 100, 100, 100, 100]
 
 
+def test_a_criterion_that_needs_labels():
+    """Weights of inputs that are zero have no gradient, so they go first."""
+    samples = X * np.array([1, 1, 1, 1, 0, 0, 0, 0], "float32")
+    model = make(layers=[keras.layers.Dense(100, name="fc")])
+    arguments = dict(criterion="taylor", renormalize=None, step=0.5, max_rounds=2)
+    quality = dict(metric="quality", mode="max", floor=1.0)
+    with pytest.raises(ValueError, match="must have labels"):
+        prune(model, Scripted([2.0] * 3), calibration=samples, **arguments, **quality)
+    labels = np.ones((len(X), 100), "float32")
+    found = prune(model, Scripted([2.0] * 3), calibration=(samples, labels), **arguments, **quality)
+    kept = keras.ops.convert_to_numpy(found.model.get_layer("fc").kernel) != 0
+    assert kept[:4].sum() == kept.sum() == 200
+
+
 def test_goes_on_from_a_model_with_prunable_layers():
     model = make(layers=[kr.layers.PrunableDense(100, pattern=kr.patterns.Block((4, 1)))])
     model.layers[0].update_masks(0.5)

@@ -114,9 +114,9 @@ def _collect(stage: list[FittedPart], passes: Passes, rule: Rule) -> tuple[list[
     """The moments of each part, and where the criterion needs others, its statistics: of inputs as they come in the pruned
     model; targets are those of the dense one."""
     accumulators = [Accumulator() for _ in stage]
-    wanted_statistics = getattr(rule.criterion, "statistics", Moments)
-    others = wanted_statistics is not Moments and wanted_statistics.of == "inputs"
-    others = [wanted_statistics.accumulator(part.products[0]) if others and part.target else None for part in stage]
+    statistics = getattr(rule.criterion, "statistics", Moments)
+    more = statistics is not Moments and statistics.of == "inputs"
+    others = [statistics.accumulator(part.products[0]) if more and part.target else None for part in stage]
     sums = [part.sum for part in stage if part.sum and getattr(rule.renormalize, "compensates", False)]
     calls = sum(part.calls for part in stage) + len(sums)
     layers = [[getattr(place, model) for place in [*stage, *sums]] for model in ("dense", "pruned")]

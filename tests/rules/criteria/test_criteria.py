@@ -43,7 +43,7 @@ def test_random_is_the_same_for_the_same_seed():
 
 
 def test_unknown():
-    with pytest.raises(ValueError, match=r"`criterion` is not known. Received: criterion='taylor'.*magnitude.*random"):
-        criteria.get("taylor")
+    with pytest.raises(ValueError, match=r"`criterion` is not known. Received: criterion='hessian'.*magnitude.*random"):
+        criteria.get("hessian")
     with pytest.raises(ValueError, match="`criterion` is not known"):
         criteria.get(criteria.Magnitude)
