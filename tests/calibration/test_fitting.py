@@ -8,6 +8,7 @@ from keras import ops
 import keras_renorm as kr
 from keras_renorm.src.calibration import stages
 from keras_renorm.src.calibration.observing import Call
+from keras_renorm.src.layers.kernel_plan import KernelPlan
 from keras_renorm.src.layers.kernels import find_kernels
 from keras_renorm.src.layers.linear import linear_parts
 from tests.calibration.test_samples import WAYS
@@ -183,7 +184,7 @@ def test_normalization_follows_its_input_along_its_own_axis(name):
     # Large means, which plain pruning loses: the fit stays, and deviations are given back.
     samples = samples_for(model) + 2
     twins, (kernel,) = list(zip(model.layers, model.layers)), find_kernels(model.layers[0])
-    targets = {id(kernel.variable): stages.Target(model.layers[0], kernel, kr.patterns.Unstructured(), 0.5)}
+    targets = {id(kernel.variable): KernelPlan(model.layers[0], kernel, kr.patterns.Unstructured(), 0.5)}
     found = stages.find_stages(model, twins, targets, samples, refit=True)
     (part, *others) = [part for stage in found for part in stage]
     assert (part.normalization is not None, len(others)) == (joined, not joined)

@@ -7,7 +7,6 @@ pruned one are refitted too, and BatchNormalization is adjusted to what reaches 
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,14 +19,14 @@ from keras_renorm.src.calibration.gathering import KernelStatistics
 from keras_renorm.src.calibration.observing import Call, observe
 from keras_renorm.src.calibration.passes import Passes
 from keras_renorm.src.calibration.samples import Samples
-from keras_renorm.src.calibration.stages import FittedPart, Target, find_stages
+from keras_renorm.src.calibration.stages import FittedPart, find_stages
 from keras_renorm.src.core.moments import Accumulator, Moments
 from keras_renorm.src.core.statistics import Statistics
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.report import LayerReport, describe, growth
+from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
 from keras_renorm.src.layers.kernels import name_within
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion, score
-from keras_renorm.src.rules.renorm import CalibratedRenormalizer
 
 # Variance that a feature is taken to have left at least, as a share of what it had.
 SMALLEST_VARIANCE = 0.1
@@ -37,28 +36,15 @@ ABSURD_GROWTH = 100
 PIECE = 2**24
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How to prune: the arguments of `keras_renorm.prune`, resolved. `names`, by the `id` of a layer, is for reports."""
-
-    criterion: Any
-    group: str
-    renormalize: Any
-    names: dict[int, str] = dataclasses.field(default_factory=dict)
-
-    def name_of(self, layer: keras.Layer) -> str:
-        return self.names.get(id(layer), layer.name)
-
-
 def prune_calibrated(
     dense: keras.Model,
     pruned: keras.Model,
     twins: list[tuple[keras.Layer, keras.Layer]],
-    targets: dict[int, Target],
-    rule: Rule,
+    plans: dict[int, KernelPlan],
+    rules: PruningRules,
     samples: Samples,
     gathered: Mapping[int, KernelStatistics],
-    prune_without_data: Callable[[list[Target]], list[LayerReport]],
+    prune_without_data: Callable[[list[KernelPlan]], list[LayerReport]],
     verbose: int,
 ) -> list[LayerReport]:
     """Prune and renormalize a copy of a model by what it computes for calibration samples.
@@ -67,8 +53,8 @@ def prune_calibrated(
         dense: the model to aim at; it stays as it is.
         pruned: its copy.
         twins: the layers of both, at any depth, in pairs.
-        targets: the kernels to prune, by the `id` of their variable in `pruned`.
-        rule: how to prune.
+        plans: the kernels to prune, by the `id` of their variable in `pruned`.
+        rules: how to prune.
         samples: the calibration samples.
         gathered: for a criterion that looks at gradients, the statistics of each kernel, by the `id` of its variable in
             `pruned`.
@@ -79,14 +65,14 @@ def prune_calibrated(
     Returns:
         A report for each kernel.
     """
-    refit = isinstance(rule.renormalize, CalibratedRenormalizer)
-    stages = find_stages(dense, twins, targets, next(iter(samples)), refit)
-    found = {id(part.target) for stage in stages for part in stage}
-    reports = prune_without_data([target for target in targets.values() if id(target) not in found])
+    refit = rules.fits
+    stages = find_stages(dense, twins, plans, next(iter(samples)), refit)
+    found = {id(part.plan) for stage in stages for part in stage}
+    reports = prune_without_data([plan for plan in plans.values() if id(plan) not in found])
     passes, scarce = Passes([dense, pruned], samples), {}
     progress = keras.utils.Progbar(len(stages), verbose=verbose, unit_name="layer")
     for stage in stages:
-        for part, moments, of_inputs in zip(stage, *_collect(stage, passes, rule)):
+        for part, moments, of_inputs in zip(stage, *_collect(stage, passes, rules)):
             _check_finite(part, moments)
             if part.is_normalization:
                 whole = np.ones_like(moments.cross)
@@ -95,7 +81,7 @@ def prune_calibrated(
             else:
                 known = gathered.get(id(part.products[1].kernel))
                 statistics = of_inputs or (known.statistics if known else moments)
-                reports.append(_treat(part, moments, statistics, rule))
+                reports.append(_treat(part, moments, statistics, rules))
                 if moments.rows < moments.gram.shape[-1]:
                     scarce[part.pruned.name] = moments.gram.shape[-1] / moments.rows
         progress.add(1)
@@ -110,14 +96,14 @@ def prune_calibrated(
     return reports
 
 
-def _collect(stage: list[FittedPart], passes: Passes, rule: Rule) -> tuple[list[Moments], list[Statistics | None]]:
+def _collect(stage: list[FittedPart], passes: Passes, rules: PruningRules) -> tuple[list[Moments], list[Statistics | None]]:
     """The moments of each part, and where the criterion needs others, its statistics: of inputs as they come in the pruned
     model; targets are those of the dense one."""
     accumulators = [Accumulator() for _ in stage]
-    statistics = getattr(rule.criterion, "statistics", Moments)
+    statistics = getattr(rules.criterion, "statistics", Moments)
     more = statistics is not Moments and statistics.of == "inputs"
-    others = [statistics.accumulator(part.products[0]) if more and part.target else None for part in stage]
-    sums = [part.sum for part in stage if part.sum and getattr(rule.renormalize, "compensates", False)]
+    others = [statistics.accumulator(part.products[0]) if more and part.plan else None for part in stage]
+    sums = [part.sum for part in stage if part.sum and getattr(rules.renormalize, "compensates", False)]
     calls = sum(part.calls for part in stage) + len(sums)
     layers = [[getattr(place, model) for place in [*stage, *sums]] for model in ("dense", "pruned")]
     for run_dense, run_pruned in passes.runs(layers):
@@ -175,29 +161,29 @@ def _check_finite(part, moments):
         )
 
 
-def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rule: Rule) -> LayerReport:
+def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rules: PruningRules) -> LayerReport:
     """Choose the mask of a layer, if it is to be pruned, by the criterion's statistics, and fit what is left by the moments."""
     matrix, bias = part.matrix, part.bias
-    mask = matrix != 0 if part.target is None else _choose(part, matrix, moments, statistics, rule)
+    mask = matrix != 0 if part.plan is None else _choose(part, matrix, moments, statistics, rules)
     kept = np.where(mask, matrix, 0)
     fitted, new_bias, plain_units = kept, bias, 0
-    if isinstance(rule.renormalize, CalibratedRenormalizer):
-        fitted = np.where(mask, rule.renormalize(matrix, mask, moments), 0)
+    if rules.fits:
+        fitted = np.where(mask, rules.renormalize(matrix, mask, moments), 0)
         if not np.isfinite(fitted).all():
             raise ValueError(
-                f"Renormalizer {rule.renormalize!r} gave NaN or infinity for layer '{part.dense.name}'. Nothing was changed."
+                f"Renormalizer {rules.renormalize!r} gave NaN or infinity for layer '{part.dense.name}'. Nothing was changed."
             )
         new_bias = moments.intercept(fitted) if part.has_intercept else bias
         plain = np.linalg.norm(fitted, axis=1) > ABSURD_GROWTH * np.linalg.norm(matrix, axis=1)
-        if rule.renormalize.compensates:
+        if rules.renormalize.compensates:
             plain |= moments.squares(fitted, new_bias) > (1 + 1e-3) * moments.squares(kept, bias) + 1e-6 * moments.power
         fitted, new_bias = np.where(plain[:, None], kept, fitted), np.where(plain, bias, new_bias)
         plain_units = int(np.count_nonzero(plain & mask.any(axis=1)))
-        if part.target and part.target.by_units:
+        if part.plan and part.plan.by_units:
             # What comes after makes up for what is gone, constants included.
             new_bias = np.where(mask.any(axis=1), new_bias, 0)
-    elif rule.renormalize is not None:
-        fitted = kept * rule.renormalize(matrix, kept, (1,))
+    elif rules.renormalize is not None:
+        fitted = kept * rules.renormalize(matrix, kept, (1,))
     twin = part.products[1]
     twin.kernel.assign(part.view.to_kernel(fitted, tuple(twin.kernel.shape)))
     if twin.bias is not None:
@@ -205,16 +191,16 @@ def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rule: Rul
     if part.normalization is not None:
         offset = np.zeros_like(bias) if twin.bias is None else new_bias
         _adjust(part.normalization[1], fitted, offset, moments, moments.squares(kept, bias))
-        if part.target and part.target.by_units:
+        if part.plan and part.plan.by_units:
             silence_normalization(part.normalization[1], ~mask.any(axis=1).reshape(-1))
-    layer = part.target.layer if part.target else part.pruned
+    layer = part.plan.layer if part.plan else part.pruned
     return LayerReport(
-        layer=rule.name_of(layer),
+        layer=rules.name_of(layer),
         kernel=name_within(twin.kernel, layer),
         weights=matrix.size,
         kept=int(np.count_nonzero(mask)),
-        criterion="-" if part.target is None else describe(rule.criterion),
-        renormalize=describe(rule.renormalize),
+        criterion="-" if part.plan is None else describe(rules.criterion),
+        renormalize=describe(rules.renormalize),
         scale=growth(kept, fitted, axis=1),
         error_before=moments.error(kept, bias),
         error_after=moments.error(fitted, new_bias),
@@ -222,10 +208,10 @@ def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rule: Rul
     )
 
 
-def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, statistics: Statistics, rule: Rule) -> np.ndarray:
-    shape, target = tuple(part.products[1].kernel.shape), part.target
-    if target.keep is not None:
-        return part.view.to_matrix(target.keep)
+def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, statistics: Statistics, rules: PruningRules) -> np.ndarray:
+    shape, plan = tuple(part.products[1].kernel.shape), part.plan
+    if plan.keep is not None:
+        return part.view.to_matrix(plan.keep)
     # What comes from an input that never varies can move into the bias, so its weights go first.
     constant = np.diagonal(moments.gram, axis1=1, axis2=2)[:, :, None] <= 0
 
@@ -234,12 +220,14 @@ def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, statistics: 
             lowest, highest = np.float64(scores.min()), np.float64(scores.max())
             scores = np.where(constant, lowest - (highest - lowest) - 1, scores)
         scores = part.view.to_kernel(scores, shape)
-        mask = masks.compute_mask(scores, target.sparsity, target.pattern, rule.group, target.kernel.input_axes)
+        mask = masks.compute_mask(scores, plan.sparsity, plan.pattern, rules.group, plan.kernel.input_axes)
         return part.view.to_matrix(mask)
 
-    if isinstance(rule.criterion, CalibratedCriterion):
-        return rule.criterion.select(matrix, statistics, mask_of)
-    return mask_of(part.view.to_matrix(score(rule.criterion, ops.convert_to_numpy(part.products[0].kernel).astype(np.float32))))
+    if isinstance(rules.criterion, CalibratedCriterion):
+        return rules.criterion.select(matrix, statistics, mask_of)
+    return mask_of(
+        part.view.to_matrix(score(rules.criterion, ops.convert_to_numpy(part.products[0].kernel).astype(np.float32)))
+    )
 
 
 def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarray) -> None:

@@ -15,30 +15,10 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.calibration.observing import Call, observe
-from keras_renorm.src.layers.kernels import Kernel
+from keras_renorm.src.layers.kernel_plan import KernelPlan
 from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
-from keras_renorm.src.rules import patterns
 
 L = keras.layers
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A kernel to prune, and how much of it; `layer` is the outermost layer that it is in.
-
-    A sparsity of `None` leaves it to the criterion; `keep`, bool and shaped like the kernel, is what was chosen already.
-    """
-
-    layer: keras.Layer
-    kernel: Kernel
-    pattern: patterns.Pattern
-    sparsity: float | None
-    keep: np.ndarray | None = None
-
-    @property
-    def by_units(self) -> bool:
-        """Whether whole units go."""
-        return self.pattern.by_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +40,7 @@ class FittedPart:
         view: how it is seen as a matrix product.
         products: the matrix product (dense, pruned); `None` for a BatchNormalization.
         following: the matrix product of the dense layer that takes what this one makes; `None` if the layer gives that.
-        target: how to prune it; `None` if it is only fitted.
+        plan: how to prune it; `None` if it is only fitted.
         first_call: when the layer is called first.
         inputs: `id` of the tensor that the layer is called with, and which of its products this is; `None` if it is called
             several times.
@@ -74,7 +54,7 @@ class FittedPart:
     view: LinearView
     products: tuple[LinearPart, LinearPart] | None
     following: LinearPart | None
-    target: Target | None
+    plan: KernelPlan | None
     first_call: int
     inputs: tuple[int, int] | None
     calls: int = 1
@@ -118,7 +98,7 @@ class FittedPart:
 def find_stages(
     dense: keras.Model,
     twins: Sequence[tuple[keras.Layer, keras.Layer]],
-    targets: dict[int, Target],
+    plans: dict[int, KernelPlan],
     batch: Any,
     refit: bool,
 ) -> list[list[FittedPart]]:
@@ -128,13 +108,13 @@ def find_stages(
     Args:
         dense: the dense model.
         twins: the layers of both models, at any depth, in pairs.
-        targets: the kernels to prune, by the `id` of their variable in the pruned model.
+        plans: the kernels to prune, by the `id` of their variable in the pruned model.
         batch: samples to run.
         refit: whether what comes after the first pruned layer is visited too.
     """
     candidates, sums = {}, {}
     for old, new in twins:
-        products = _products(old, new, targets, refit)
+        products = _products(old, new, plans, refit)
         if products:
             candidates[id(old)] = (old, new, products)
         elif refit and isinstance(old, L.Add):
@@ -155,16 +135,16 @@ def find_stages(
     silent = [
         new.name
         for key, (_, new, products) in candidates.items()
-        if key not in of_layers and any(target is not None for *_, target in products)
+        if key not in of_layers and any(plan is not None for *_, plan in products)
     ]
     if silent:
         warnings.warn(
             f"The samples of argument `calibration` never reach layers {silent}: they are pruned without data.", stacklevel=4
         )
     parts = [part for made in of_layers.values() for part in made]
-    pruned = [part for part in parts if part.target is not None]
-    # What comes before all that is pruned is left alone; a target outside of these parts may be anywhere.
-    first = 0 if len(pruned) < len(targets) else pruned[0].first_call
+    pruned = [part for part in parts if part.plan is not None]
+    # What comes before all that is pruned is left alone; a kernel to prune outside of these parts may be anywhere.
+    first = 0 if len(pruned) < len(plans) else pruned[0].first_call
     usable = [part for part in parts if part.first_call >= first]
     makers = _join_normalizations(usable, calls)
     joined = {id(part.normalization[0]) for part in usable if part.normalization}
@@ -176,15 +156,15 @@ def find_stages(
     return list(stages.values())
 
 
-def _products(old: keras.Layer, new: keras.Layer, targets: dict[int, Target], refit: bool) -> list[tuple]:
-    """What to visit in a layer: views, parts, what follows them and targets, in the order in which they are computed."""
+def _products(old: keras.Layer, new: keras.Layer, plans: dict[int, KernelPlan], refit: bool) -> list[tuple]:
+    """What to visit in a layer: views, parts, what follows them and plans, in the order in which they are computed."""
     if getattr(old, "lora_enabled", False) or getattr(old, "quantization_mode", None) is not None or not old.built:
         return []
     if isinstance(old, L.BatchNormalization):
         return [(_by_feature(old), None, None, None)] if refit else []
     parts = list(zip(linear_parts(old), linear_parts(new)))
     following = [part for part, _ in parts[1:]] + [None]
-    products = [(part.view, (part, twin), after, targets.get(id(twin.kernel))) for (part, twin), after in zip(parts, following)]
+    products = [(part.view, (part, twin), after, plans.get(id(twin.kernel))) for (part, twin), after in zip(parts, following)]
     return [product for product in products if refit or product[-1] is not None]
 
 

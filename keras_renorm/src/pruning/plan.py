@@ -1,0 +1,161 @@
+"""The plan of one-shot pruning: the arguments of `prune`, resolved once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm.src.core import names, validation
+from keras_renorm.src.core.arrays import as_array
+from keras_renorm.src.core.moments import Moments
+from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
+from keras_renorm.src.models.channels import Ties, find_ties
+from keras_renorm.src.pruning.selection import choose_layers, kernels_by_layer
+from keras_renorm.src.pruning.units import choose_tied_units, without_outputs
+from keras_renorm.src.rules import allocation as allocations
+from keras_renorm.src.rules import criteria, patterns, renorm
+from keras_renorm.src.runtimes.targets import by_name, choose_patterns, names_of, unique_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The arguments of `prune` that do not depend on the copy of the model, checked.
+
+    Args:
+        rules: how to prune.
+        sparsity: a number, a dict of layer name to number, or `None`.
+        allocation: how the sparsity is divided among the kernels.
+        patterns_of: the pattern of each chosen layer of the model, by the `id` of the layer.
+    """
+
+    rules: PruningRules
+    sparsity: float | dict[str, float] | None
+    allocation: Callable
+    patterns_of: dict[int, patterns.Pattern]
+
+    @property
+    def statistics(self) -> type:
+        """The statistics that the criterion needs of calibration samples."""
+        return getattr(self.rules.criterion, "statistics", Moments)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the criterion needs labels."""
+        return self.statistics.of == "gradients"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to prune in a copy of a model, and how.
+
+    Args:
+        kernels: the kernels to prune.
+        rules: how to prune them.
+        ties: the units of the model that are added to each other; `None` if no whole units are removed.
+        statistics: the statistics that the criterion needs of calibration samples.
+        needs_labels: whether the criterion needs labels.
+    """
+
+    kernels: list[KernelPlan]
+    rules: PruningRules
+    ties: Ties | None
+    statistics: type
+    needs_labels: bool
+
+
+def resolve_rules(criterion: Any, group: str, renormalize: Any, calibrated: bool) -> PruningRules:
+    """Resolve names and configs to objects."""
+    validation.check_choice(group, names.GROUPS, "group")
+    return PruningRules(criteria.get(criterion, calibrated), group, renorm.get(renormalize, group, calibrated))
+
+
+def resolve_request(
+    model: keras.Model,
+    rules: PruningRules,
+    sparsity: Any,
+    pattern: Any,
+    allocation: Any,
+    layers: Any,
+    target: str | None,
+) -> Request:
+    """Resolve the arguments of `prune` for a model without prunable layers; see there."""
+    names_layers = isinstance(sparsity, dict)
+    chosen = choose_layers(model, list(sparsity) if names_layers else layers, "sparsity" if names_layers else "layers")
+    patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
+    chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
+    if layers is None and not names_layers:
+        chosen = without_outputs(model, chosen, patterns_of)
+    kernels = kernels_by_layer(model)
+    for key, layer in chosen.items():
+        for kernel in kernels[key]:
+            plan = KernelPlan(layer, kernel, patterns_of[key], None)
+            validation.check_finite(as_array(kernel.variable), plan.description)
+    return Request(rules, sparsity, allocation, {key: patterns_of[key] for key in chosen})
+
+
+def check_sparsity(rules: PruningRules, sparsity: Any, pattern: Any, layers: Any, target: str | None) -> None:
+    """Raise `ValueError` if the sparsity is not possible with the other arguments of `prune`."""
+    if isinstance(sparsity, dict) and layers is not None:
+        raise ValueError("Pass either a dict as `sparsity` or `layers`, not both: the dict names the layers.")
+    _check_who_counts(rules, sparsity, pattern, target)
+    for value in sparsity.values() if isinstance(sparsity, dict) else [] if sparsity is None else [sparsity]:
+        validation.check_sparsity(value)
+        if not isinstance(pattern, dict):
+            patterns.get(pattern).check(value, rules.group)
+
+
+def make_plan(request: Request, pruned: keras.Model, copies: Mapping[int, Any]) -> Plan:
+    """Plan the kernels of a copy of the model.
+
+    Args:
+        request: the checked arguments.
+        pruned: the copy.
+        copies: the objects of the copy, by the `id` of the objects of the model.
+    """
+    rules = dataclasses.replace(request.rules, names=unique_names(pruned))
+    kernels = _plan_kernels(pruned, {copies[key]: pattern for key, pattern in request.patterns_of.items()}, request)
+    for one in kernels:
+        if one.sparsity is not None:
+            one.pattern.check(one.sparsity, rules.group)
+    ties = find_ties(pruned) if any(one.by_units for one in kernels) else None
+    if ties:
+        kernels = choose_tied_units(kernels, ties, rules)
+    return Plan(kernels, rules, ties, request.statistics, request.needs_labels)
+
+
+def _plan_kernels(model: keras.Model, patterns_of: dict[keras.Layer, patterns.Pattern], request: Request) -> list[KernelPlan]:
+    found, sparsity = kernels_by_layer(model), request.sparsity
+    kernels = [(layer, kernel) for layer in patterns_of for kernel in found[id(layer)]]
+    if isinstance(sparsity, dict):
+        called = names_of(model)
+        sparsities = [by_name(sparsity, called[id(layer)]) for layer, _ in kernels]
+    elif sparsity is None:
+        sparsities = [None] * len(kernels)
+    else:
+        values = [as_array(kernel.variable).astype(np.float32, copy=False) for _, kernel in kernels]
+        most = [patterns_of[layer].most for layer, _ in kernels]
+        sparsities = allocations.allocate(values, sparsity, request.allocation, most)
+    return [KernelPlan(layer, kernel, patterns_of[layer], one) for (layer, kernel), one in zip(kernels, sparsities)]
+
+
+def _check_who_counts(rules: PruningRules, sparsity: Any, pattern: Any, target: str | None) -> None:
+    """Either the criterion decides how many weights are kept, or the sparsity does."""
+    if getattr(rules.criterion, "chooses_count", False):
+        if sparsity is not None:
+            raise ValueError(
+                f"Criterion {rules.criterion!r} chooses how many weights stay. Received: sparsity={sparsity!r}. "
+                "Leave `sparsity` out, or the share."
+            )
+        if target is not None or isinstance(pattern, dict) or patterns.get(pattern) != patterns.Unstructured():
+            raise ValueError(
+                f"Criterion {rules.criterion!r} chooses which weights go together. Received: pattern={pattern!r}, "
+                f"target={target!r}. Leave `pattern` and `target` out, or the share."
+            )
+    elif sparsity is None:
+        raise ValueError(
+            "Argument `sparsity` must be a number in [0, 1), or a dict of layer name to number. Received: sparsity=None."
+        )
