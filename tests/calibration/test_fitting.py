@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_renorm as kr
 from keras_renorm.src.calibration import stages
-from keras_renorm.src.calibration.observing import Call
+from keras_renorm.src.calibration.observing import LayerCall
 from keras_renorm.src.layers.kernel_plan import KernelPlan
 from keras_renorm.src.layers.kernels import find_kernels
 from keras_renorm.src.layers.linear import linear_parts
@@ -507,7 +507,7 @@ def test_a_call_that_is_not_finite_is_left_to_the_check_that_names_the_layer(val
     tensors[place][0, 1] = value
     (part,) = linear_parts(layer)
     fitted = stages.FittedPart(layer, layer, part.view, (part, part), None, None, 0, None)
-    assert stages._is_linear(Call(layer, **tensors), fitted)
+    assert stages._is_linear(LayerCall(layer, **tensors), fitted)
 
 
 def test_nothing_goes_through_a_normalization_whose_factors_are_all_zero():

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.src.models.channels import walk_back
+from keras_renorm.src.models.channels.walks import walk_back
 from tests.pruning.test_compaction import KERNELS, LAWS, deafen, randomize, sequential
 
 L = keras.layers

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.models.graph import functional_of, graph_of, remake
+from keras_renorm.src.models.graph import functional_of, graph_of, rebuild_model
 
 L = keras.layers
 
@@ -16,7 +16,7 @@ def test_a_model_called_on_its_own_inputs_the_other_way_round():
     assert set(calls) == {"one", "two", "three", "difference"}
     assert [calls[name].inputs[0] for name in ("one", "two", "three")] == [b, a, a]
     x = [np.random.default_rng(seed).standard_normal((5, 4)).astype("float32") for seed in (0, 1)]
-    again = remake(model, graph_of(model), lambda call: call.operation)
+    again = rebuild_model(model, graph_of(model), lambda call: call.operation)
     for before, after in zip(model(x), again(x)):
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (before, after)))
 
@@ -30,7 +30,7 @@ def test_what_a_model_is_called_with_is_for_its_layers():
     assert training["inner"] is True
     # Keras from 3.16 on leaves it open here.
     assert training["outer"] in (False, None)
-    again = remake(model, graph_of(model), lambda call: call.operation)
+    again = rebuild_model(model, graph_of(model), lambda call: call.operation)
     assert len(np.unique(ops.convert_to_numpy(again(np.ones((50, 4)))))) == 2
 
 
@@ -57,7 +57,7 @@ def test_arguments_are_handed_over_as_they_are():
     def operation_for(call):
         return lambda *args, **kwargs: given.append((args, kwargs)) or call.operation(*args, **kwargs)
 
-    remake(model, graph_of(model), operation_for)
+    rebuild_model(model, graph_of(model), operation_for)
     assert given[-1][0][1] is variable
     assert given[-1][0][2] is vector
 
@@ -75,7 +75,7 @@ def test_inputs_that_are_looked_up_by_their_names():
 def test_inputs_keep_their_names():
     unnamed, named = keras.Input((4,)), keras.Input((4,), name="named", optional=True)
     model = keras.Model([unnamed, named], L.Add(name="sum")([unnamed, named]))
-    again = remake(model, graph_of(model), lambda call: call.operation)
+    again = rebuild_model(model, graph_of(model), lambda call: call.operation)
     assert [layer.name for layer in again.layers] == [layer.name for layer in model.layers]
     assert [tensor.name for tensor in again.inputs] == [tensor.name for tensor in model.inputs]
     assert [tensor._keras_history.operation.optional for tensor in again.inputs] == [False, True]

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.src.models import channels
+from keras_renorm.src.models.channels import walks
 
 L = keras.layers
 
@@ -368,7 +368,7 @@ def test_units_on_both_sides_of_a_depthwise_convolution_meet_in_sums(multiplier,
     x = L.DepthwiseConv2D(3, padding="same", depth_multiplier=multiplier, name="d")(x)
     other = L.Conv2D(4 * multiplier, 1, name="other")(inputs)
     model = randomize(keras.Model(inputs, L.Conv2D(2, 1, name="b")(L.Add()([x, other]))))
-    ties = channels.find_ties(model)
+    ties = walks.find_ties(model)
     groups = {name: ties.groups[id(model.get_layer(name).kernel)] for name in ("a", "other", "b")}
     assert (groups["a"] == groups["other"]) == together
     assert ties.of_outputs == {groups["b"]}

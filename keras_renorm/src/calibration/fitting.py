@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.calibration.gathering import KernelStatistics
-from keras_renorm.src.calibration.observing import Call, observe
+from keras_renorm.src.calibration.observing import LayerCall, observe
 from keras_renorm.src.calibration.passes import Passes
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.calibration.stages import FittedPart, find_stages
@@ -123,7 +123,7 @@ def _collect(stage: list[FittedPart], passes: Passes, rules: PruningRules) -> tu
     )
 
 
-def _missing(part: FittedPart, wanted: list[Call], given: list[Call]) -> Any:
+def _missing(part: FittedPart, wanted: list[LayerCall], given: list[LayerCall]) -> Any:
     """What the other operands of a part's sum lack in the pruned model."""
     (dense,) = (call.inputs for call in wanted if call.layer is part.sum.dense)
     (pruned,) = (call.inputs for call in given if call.layer is part.sum.pruned)

@@ -11,7 +11,7 @@ import keras
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a layer: its first argument, and its outputs before the activation."""
 
     layer: keras.Layer
@@ -25,7 +25,7 @@ class _Enough(BaseException):
 
 def observe(
     run: Callable[[], Any], layers: Sequence[keras.Layer], calls: int | None = None, outputs: bool = True
-) -> list[Call]:
+) -> list[LayerCall]:
     """Run something and return the calls of some layers in it.
 
     Works for whatever runs eagerly, subclassed models too. What is put in the place of the layers' `call` is gone when it
@@ -48,7 +48,7 @@ def observe(
         def call(*args, **kwargs):
             inputs = args[0] if args else next(iter(kwargs.values()))
             if not outputs and len(seen) + 1 == calls:
-                seen.append(Call(layer, inputs, None))
+                seen.append(LayerCall(layer, inputs, None))
                 raise _Enough
             # Its own: a wrapper answers with that of the layer in it.
             activation = vars(layer).get("activation")
@@ -59,7 +59,7 @@ def observe(
             finally:
                 if activation is not None:
                     object.__setattr__(layer, "activation", activation)
-            seen.append(Call(layer, inputs, result))
+            seen.append(LayerCall(layer, inputs, result))
             if len(seen) == calls:
                 raise _Enough
             return result if activation is None else activation(result)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.calibration.observing import Call, observe
+from keras_renorm.src.calibration.observing import LayerCall, observe
 from keras_renorm.src.layers.kernel_plan import KernelPlan
 from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
 
@@ -82,13 +82,13 @@ class FittedPart:
             return np.zeros((groups, units))
         return ops.convert_to_numpy(self.products[0].bias).astype(np.float64).reshape(groups, units)
 
-    def inputs_in(self, call: Call) -> Any:
+    def inputs_in(self, call: LayerCall) -> Any:
         """What it takes in a call of either layer."""
         if self.is_normalization:
             return call.inputs
         return self.products[0 if call.layer is self.dense else 1].feed(call.inputs)
 
-    def outputs_in(self, call: Call) -> Any:
+    def outputs_in(self, call: LayerCall) -> Any:
         """What it should make in a call of the dense layer."""
         if self.is_normalization:
             return call.inputs
@@ -177,7 +177,7 @@ def _by_feature(layer: keras.layers.BatchNormalization) -> LinearView:
     return LinearView(by_feature, by_feature, (features,), ((0,), (), ()))
 
 
-def _is_linear(call: Call, part: FittedPart) -> bool:
+def _is_linear(call: LayerCall, part: FittedPart) -> bool:
     """Whether the call is what the view takes it for: not inside `vmap`, nor in a subclass that computes something else."""
     try:
         tensors = (part.inputs_in(call), part.outputs_in(call))
@@ -195,7 +195,7 @@ def _is_linear(call: Call, part: FittedPart) -> bool:
     return here.shape == targets.shape and np.allclose(here, targets, rtol=0.02, atol=0.02 * np.abs(targets).max(initial=0))
 
 
-def _join_normalizations(parts: list[FittedPart], calls: list[Call]) -> dict[int, FittedPart]:
+def _join_normalizations(parts: list[FittedPart], calls: list[LayerCall]) -> dict[int, FittedPart]:
     """A BatchNormalization that takes a layer's very output is adjusted along with that layer, without a pass of its own.
 
     Returns the part that makes each tensor, by the tensor's `id`; what such a normalization makes counts as the layer's.
@@ -229,7 +229,7 @@ def _output_is_linear(layer) -> bool:
     return getattr(layer, "activation", None) in (None, keras.activations.linear)
 
 
-def _join_sums(parts: list[FittedPart], sums: dict, makers: dict[int, FittedPart], calls: list[Call]) -> None:
+def _join_sums(parts: list[FittedPart], sums: dict, makers: dict[int, FittedPart], calls: list[LayerCall]) -> None:
     """Of the operands of an `Add`, the one that is visited last can make up for what the others miss."""
     order = {id(part): index for index, part in enumerate(parts)}
     for call in calls:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from keras_renorm.src.export.rewriting import Change, rewrite, values_of
+from keras_renorm.src.export.rewriting import Change, rebuild_with, values_of
 from keras_renorm.src.export.storage import BLOCKS, Layout, choose_layout, encoded_bytes
 from keras_renorm.src.models.graph import ELEMENTWISE_ACTIVATIONS, functional_of, graph_of
 
@@ -40,7 +40,7 @@ def narrow_layers(model: keras.Model, quantize: str | None, smallest: bool) -> t
                 starts = range(0, layer.units, _WIDTH)
                 changes[id(call)] = Change([_part(layer, kernel, bias, start) for start in starts], abreast=True)
                 notes.append(f"'{layer.name}' is stored in {len(starts)} parts of {_WIDTH} units, which take fewer bytes.")
-    return (rewrite(model, graph, changes), notes) if changes else (model, [])
+    return (rebuild_with(model, graph, changes), notes) if changes else (model, [])
 
 
 def _pays(values: np.ndarray) -> bool:

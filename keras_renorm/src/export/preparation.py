@@ -14,7 +14,7 @@ from keras_renorm.src.export.repair import repair_head
 from keras_renorm.src.models.copying import Copier, with_config
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.models.model_copies import copy_model
-from keras_renorm.src.pruning.conversion import remade
+from keras_renorm.src.pruning.conversion import rebuilt_layer
 
 
 def prepare(
@@ -67,7 +67,7 @@ def _in_float32(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
     """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
     if isinstance(layer, keras.Model) or not any(map(in_half, flatten_layers(layer))):
         return None
-    return remade(copier, layer, _reconfigured(layer, lambda key, value: "float32" if _is_policy(value) else value))
+    return rebuilt_layer(copier, layer, _with_changes(layer, lambda key, value: "float32" if _is_policy(value) else value))
 
 
 def _is_policy(value: Any) -> bool:
@@ -78,7 +78,7 @@ def _unrolled(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
     """The layer, with recurrent layers in it, over a fixed number of steps without a loop; `None` if there is nothing to do."""
     if isinstance(layer, keras.Model) or not _loops(layer):
         return None
-    return remade(copier, layer, _reconfigured(layer, lambda key, value: True if key == "unroll" else value))
+    return rebuilt_layer(copier, layer, _with_changes(layer, lambda key, value: True if key == "unroll" else value))
 
 
 def _loops(layer: keras.Layer) -> bool:
@@ -88,7 +88,7 @@ def _loops(layer: keras.Layer) -> bool:
     return bool(loops) and not any(shape is None or shape[1] is None for shape in steps)
 
 
-def _reconfigured(layer: keras.Layer, change: Callable[[str, Any], Any]) -> keras.Layer:
+def _with_changes(layer: keras.Layer, change: Callable[[str, Any], Any]) -> keras.Layer:
     """A layer with other values in its config, and in the configs within it."""
 
     def replace(key, value):

@@ -8,11 +8,11 @@ import keras
 import numpy as np
 
 from keras_renorm.src.core import validation
-from keras_renorm.src.export.rewriting import Change, rewrite, values_of
+from keras_renorm.src.export.rewriting import Change, rebuild_with, values_of
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.comparing import check_same
 from keras_renorm.src.models.copying import with_config
-from keras_renorm.src.models.graph import Call, Graph, check_graph, functional_of, graph_of
+from keras_renorm.src.models.graph import Graph, GraphCall, check_graph, functional_of, graph_of
 from keras_renorm.src.models.model_copies import compile_like
 from keras_renorm.src.pruning.conversion import strip
 from keras_renorm.src.runtimes import xnnpack
@@ -64,7 +64,7 @@ def repair(model: keras.Model) -> keras.Model:
     graph = graph_of(plain)
     changes, notes = _changes_of_padding(graph)
     head, head_notes = _changes_of_head(plain, graph)
-    repaired = rewrite(plain, graph, changes | head)
+    repaired = rebuild_with(plain, graph, changes | head)
     if all(note.endswith("the same outputs") for note in (*notes, *head_notes)):
         check_same(model, repaired, {}, "The repaired copy")
     if model.compiled:
@@ -79,7 +79,7 @@ def repair_head(model: keras.Model) -> tuple[keras.Model, list[str]]:
         return model, []
     graph = graph_of(model)
     changes, notes = _changes_of_head(model, graph)
-    return (rewrite(model, graph, changes), notes) if notes else (model, [])
+    return (rebuild_with(model, graph, changes), notes) if notes else (model, [])
 
 
 def _changes_of_padding(graph: Graph) -> tuple[dict[int, Change], list[str]]:
@@ -106,7 +106,7 @@ def _changes_of_padding(graph: Graph) -> tuple[dict[int, Change], list[str]]:
     return changes, notes
 
 
-def _margins(layer: keras.Layer, before: Call | None, size: tuple) -> tuple[int, int, int, int] | None:
+def _margins(layer: keras.Layer, before: GraphCall | None, size: tuple) -> tuple[int, int, int, int] | None:
     """The number of rows above and below and of columns left and right that are added before a convolution; `None` if not
     known.
     """
@@ -177,11 +177,11 @@ def _changes_of_head(model: keras.Model, graph: Graph) -> tuple[dict[int, Change
     return changes, notes
 
 
-def _head(call: Call, readers: dict, outputs: set[int]) -> list[Call]:
+def _head(call: GraphCall, readers: dict, outputs: set[int]) -> list[GraphCall]:
     """The calls from global average pooling to an output of the model, if they are only 1x1 convolutions and elementwise
     layers; else none.
     """
-    chain: list[Call] = []
+    chain: list[GraphCall] = []
     tensor = call.outputs[0]
     while not chain or len(tensor.shape) == 4:
         if id(tensor) in outputs:

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.models.copying import Copier
-from keras_renorm.src.models.graph import Graph, remake
+from keras_renorm.src.models.graph import Graph, rebuild_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Change:
         return tensor
 
 
-def rewrite(model: keras.Model, graph: Graph, changes: dict[int, Change]) -> keras.Model:
+def rebuild_with(model: keras.Model, graph: Graph, changes: dict[int, Change]) -> keras.Model:
     """A copy of a model with changes, by the `id` of a call."""
     copier = Copier(model)
 
@@ -47,7 +47,7 @@ def rewrite(model: keras.Model, graph: Graph, changes: dict[int, Change]) -> ker
     def counterpart(argument):
         return copier.copy(argument) if isinstance(argument, keras.Variable) else argument
 
-    model = remake(model, graph, operation_for)
+    model = rebuild_model(model, graph, operation_for)
     for layer, values in [pair for change in changes.values() for pair in change.layers]:
         for variable, value in zip(getattr(layer, "variables", ()), values, strict=True):
             variable.assign(value)

@@ -143,13 +143,13 @@ def _einsum_dense(layer):
     return LinearView(mover(inputs, contracted), mover(output, units), tuple(layer.kernel.shape), axes)
 
 
-def _channels_last(tensor, layer):
+def _to_channels_last(tensor, layer):
     return ops.moveaxis(tensor, 1, -1) if layer.data_format == "channels_first" else tensor
 
 
 def _patches(layer, inputs):
     """Tensor `(samples, *output positions, taps, channels)` of what each position of a convolution reads."""
-    inputs = _channels_last(inputs, layer)
+    inputs = _to_channels_last(inputs, layer)
     padding, starts, counts = [(0, 0)], [], []
     for size, taps, stride, dilation in zip(inputs.shape[1:-1], layer.kernel_size, layer.strides, layer.dilation_rate):
         reach = (taps - 1) * dilation
@@ -184,7 +184,7 @@ def _convolution(layer):
     *head, filters = layer.kernel.shape
     return LinearView(
         lambda inputs: _grouped(_patches(layer, inputs), groups),
-        lambda outputs: _grouped(ops.expand_dims(_channels_last(outputs, layer), -2), groups),
+        lambda outputs: _grouped(ops.expand_dims(_to_channels_last(outputs, layer), -2), groups),
         (*head, groups, filters // groups),
         ((rank + 1,), tuple(range(rank + 1)), (rank + 2,)),
     )
@@ -195,7 +195,7 @@ def _depthwise_convolution(layer):
     rank, channels = layer.rank, split[-2]
     return LinearView(
         lambda inputs: _grouped(_patches(layer, inputs), channels),
-        lambda outputs: _grouped(ops.expand_dims(_channels_last(outputs, layer), -2), channels),
+        lambda outputs: _grouped(ops.expand_dims(_to_channels_last(outputs, layer), -2), channels),
         split,
         ((rank,), tuple(range(rank)), (rank + 1,)),
     )
@@ -213,12 +213,12 @@ def _separable_convolution(layer):
         )
 
     def pointwise_rows(inputs):
-        return _grouped(ops.expand_dims(_channels_last(inputs, layer), -2), 1)
+        return _grouped(ops.expand_dims(_to_channels_last(inputs, layer), -2), 1)
 
     split, rank = tuple(layer.depthwise_kernel.shape), layer.rank
     first = LinearView(
         lambda inputs: _grouped(_patches(layer, inputs), split[-2]),
-        lambda outputs: _grouped(ops.expand_dims(_channels_last(outputs, layer), -2), split[-2]),
+        lambda outputs: _grouped(ops.expand_dims(_to_channels_last(outputs, layer), -2), split[-2]),
         split,
         ((rank,), tuple(range(rank)), (rank + 1,)),
     )
@@ -246,12 +246,12 @@ def _transposed_convolution(layer):
             data_format=layer.data_format,
             dilation_rate=layer.dilation_rate,
         )
-        return ops.reshape(_channels_last(spread, layer), (1, -1, inputs_per_unit))
+        return ops.reshape(_to_channels_last(spread, layer), (1, -1, inputs_per_unit))
 
     rank = layer.rank
     return LinearView(
         rows,
-        lambda outputs: ops.reshape(_channels_last(outputs, layer), (1, -1, filters)),
+        lambda outputs: ops.reshape(_to_channels_last(outputs, layer), (1, -1, filters)),
         tuple(layer.kernel.shape),
         ((), (*range(rank), rank + 1), (rank,)),
     )

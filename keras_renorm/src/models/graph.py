@@ -36,7 +36,7 @@ ELEMENTWISE_ACTIVATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class GraphCall:
     """One call of a layer or an operation.
 
     Args:
@@ -78,7 +78,7 @@ class Graph:
             be called on its own inputs.
     """
 
-    calls: list[Call]
+    calls: list[GraphCall]
     tensors: dict[int, Any]
 
     def canonical(self, tensor: Any) -> int:
@@ -88,7 +88,7 @@ class Graph:
 
 def graph_of(model: keras.Model) -> Graph:
     """The calls of a built Sequential or Functional model. Models that are called more than once stay calls of their own."""
-    calls: list[Call] = []
+    calls: list[GraphCall] = []
     taken: set[int] = set()
 
     def own(tensor):
@@ -111,7 +111,7 @@ def graph_of(model: keras.Model) -> Graph:
                 outputs = [made[id(tensor)] for tensor in within.outputs]
             else:
                 outputs = [own(tensor) for tensor in node.outputs]
-                calls.append(Call(node.operation, inputs, outputs, node, training=here))
+                calls.append(GraphCall(node.operation, inputs, outputs, node, training=here))
             tensors.update(zip(map(id, node.outputs), outputs))
         return tensors
 
@@ -132,7 +132,7 @@ def users_of(model: keras.Model) -> dict[int, list[Any]]:
     nodes = [node for graph in graphs for node in nodes_of(graph)]
     users: dict[int, list[Any]] = {}
     for node in {id(node): node for node in nodes if not isinstance(node.operation, (keras.Sequential, Functional))}.values():
-        for key in _used_by(Call(node.operation, [], [], node), parts):
+        for key in _used_by(GraphCall(node.operation, [], [], node), parts):
             if all(node.operation is not known for known in users.setdefault(key, [])):
                 users[key].append(node.operation)
     return users
@@ -164,7 +164,7 @@ def _in_the_same_order(wanted: Any, given: Any) -> bool:
     return True
 
 
-def _used_by(call: Call, parts: dict[int, Any]) -> set[int]:
+def _used_by(call: GraphCall, parts: dict[int, Any]) -> set[int]:
     """The `id` of all that a call uses: its operation, the layers in it, their variables, those among its arguments, and what
     its functions read from elsewhere."""
     used = [call.operation, *captured_by(call.operation, parts)]
@@ -191,7 +191,7 @@ def check_graph(model: keras.Model) -> None:
         )
 
 
-def remake(model: keras.Model, graph: Graph, operation_for: Callable[[Call], Callable]) -> keras.Model:
+def rebuild_model(model: keras.Model, graph: Graph, operation_for: Callable[[GraphCall], Callable]) -> keras.Model:
     """A model of the same graph with other operations.
 
     Args:

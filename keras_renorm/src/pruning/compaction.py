@@ -16,10 +16,12 @@ from keras_renorm.src.core.keras_internals import Functional, flatten_layers
 from keras_renorm.src.core.tables import format_table
 from keras_renorm.src.layers.kernels import Kernel
 from keras_renorm.src.layers.prunable import prunable_layers
-from keras_renorm.src.models.channels import Rule, rule_of, tied_tensors
+from keras_renorm.src.models.channels.rule import ChannelRule
+from keras_renorm.src.models.channels.table import rule_of
+from keras_renorm.src.models.channels.walks import tied_tensors
 from keras_renorm.src.models.comparing import check_same
 from keras_renorm.src.models.copying import Copier
-from keras_renorm.src.models.graph import Graph, check_graph, functional_of, graph_of, remake
+from keras_renorm.src.models.graph import Graph, check_graph, functional_of, graph_of, rebuild_model
 from keras_renorm.src.models.model_copies import compile_like
 from keras_renorm.src.pruning.conversion import strip
 
@@ -107,7 +109,7 @@ def compact(model: keras.Model) -> keras.Model:
     graph = graph_of(plain)
     rules = [rule_of(call) for call in graph.calls]
     constants, kept = _channels_to_keep(plain, graph, rules)
-    smaller, rows, same = _rebuild(plain, graph, rules, constants, kept)
+    smaller, rows, same = _smaller(plain, graph, rules, constants, kept)
     check_same(model, smaller, same if plain is model else {}, "The compacted copy")
     if model.compiled:
         compile_like(smaller, model)
@@ -152,7 +154,7 @@ def units_that_stay(model: keras.Model, kernels: list[Kernel]) -> dict[int, str]
     return found
 
 
-def _holding(rules: list[Rule], root: Callable[[int], int], group: int) -> list[str]:
+def _holding(rules: list[ChannelRule], root: Callable[[int], int], group: int) -> list[str]:
     """The layers that need all channels of the tensors of one group."""
     names = []
     for rule in rules:
@@ -171,7 +173,7 @@ def _size(tensor: Any) -> int:
     return (tensor.shape[-1] or 1) if len(tensor.shape) else 1
 
 
-def _channels_to_keep(model: keras.Model, graph: Graph, rules: list[Rule]) -> tuple[dict, dict]:
+def _channels_to_keep(model: keras.Model, graph: Graph, rules: list[ChannelRule]) -> tuple[dict, dict]:
     """By the `id` of each tensor: the values of its constant channels, and which channels are kept."""
     functional = functional_of(model)
     tensors = {id(tensor): tensor for rule in rules for tensor in (*rule.call.inputs, *rule.call.outputs)}
@@ -191,7 +193,7 @@ def _channels_to_keep(model: keras.Model, graph: Graph, rules: list[Rule]) -> tu
     return constants, _agree(rules, needed)
 
 
-def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+def _agree(rules: list[ChannelRule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
     """Keep more channels until each layer can work with the channels that are kept on its two sides."""
     while True:
         before = sum(int(flags.sum()) for flags in kept.values())
@@ -207,14 +209,14 @@ def _agree(rules: list[Rule], kept: dict[int, np.ndarray]) -> dict[int, np.ndarr
             return kept
 
 
-def _rebuild(
-    model: keras.Model, graph: Graph, rules: list[Rule], constants: dict, kept: dict
+def _smaller(
+    model: keras.Model, graph: Graph, rules: list[ChannelRule], constants: dict, kept: dict
 ) -> tuple[keras.Model, list[CompactedLayer], dict[int, keras.Layer]]:
     """The smaller model, the layers that became smaller, and the layers that compute the same as before, by the `id` of their
     originals.
     """
     copier = Copier(model)
-    remade: dict[int, tuple[Any, list[np.ndarray] | None]] = {}
+    rebuilt: dict[int, tuple[Any, list[np.ndarray] | None]] = {}
     same: dict[int, keras.Layer] = {}
     names: set[str] = set()
     waiting = iter(rules)
@@ -223,11 +225,11 @@ def _rebuild(
         rule = next(waiting)
         sides = [[kept[id(tensor)] for tensor in side] for side in (call.inputs, call.outputs)]
         whole = rule.stays(*sides)
-        if id(call.operation) not in remade:
+        if id(call.operation) not in rebuilt:
             made = [constants[id(tensor)] for tensor in call.inputs]
-            remade[id(call.operation)] = (copier.copy(rule.layer), None) if whole else rule.remake(*sides, made)
-            _give_a_name(remade[id(call.operation)][0], names)
-        operation = remade[id(call.operation)][0]
+            rebuilt[id(call.operation)] = (copier.copy(rule.layer), None) if whole else rule.rebuild(*sides, made)
+            _give_a_name(rebuilt[id(call.operation)][0], names)
+        operation = rebuilt[id(call.operation)][0]
         if all(flags.all() for flags in sides[1]):
             same[id(call.operation)] = operation
 
@@ -242,10 +244,10 @@ def _rebuild(
         # What is used in several places belongs to layers that stay whole.
         return copier.copy(argument) if isinstance(argument, keras.Variable) else argument
 
-    smaller = remake(model, graph, operation_for)
+    smaller = rebuild_model(model, graph, operation_for)
     rows = []
     for rule in rules:
-        layer, weights = remade.pop(id(rule.layer), (None, None))
+        layer, weights = rebuilt.pop(id(rule.layer), (None, None))
         if isinstance(layer, keras.Layer):
             if weights is not None:
                 _fill(layer, rule.layer, weights)

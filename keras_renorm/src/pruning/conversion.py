@@ -249,7 +249,7 @@ def _plain_counterpart(layer: keras.Layer, copier: Copier) -> keras.Layer | None
     if not isinstance(layer, PrunableLayer) or not layer.built:
         return None
     if not isinstance(layer, RenormalizedPruning):
-        return remade(copier, layer, with_config(layer, layer.plain_class, without=PRUNING_ARGUMENTS))
+        return rebuilt_layer(copier, layer, with_config(layer, layer.plain_class, without=PRUNING_ARGUMENTS))
 
     def fill_in(inner):
         for kernel in layer.masked_kernels:
@@ -261,7 +261,7 @@ def _plain_counterpart(layer: keras.Layer, copier: Copier) -> keras.Layer | None
     return copier.copy_as(layer.layer, type(layer.layer), fill_in)
 
 
-def remade(copier: Copier, layer: keras.Layer, new: keras.Layer) -> keras.Layer:
+def rebuilt_layer(copier: Copier, layer: keras.Layer, new: keras.Layer) -> keras.Layer:
     """Build a layer from another config, and give it the variables of a layer with their effective values."""
     begun_otherwise = _start_from_zeros(new)
     new.build_from_config(layer.get_build_config())

@@ -14,7 +14,7 @@ from keras_renorm.src.kernels.events import in_float, new_scale, prune_kernel
 from keras_renorm.src.kernels.report import LayerReport, describe
 from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
 from keras_renorm.src.layers.kernels import name_within
-from keras_renorm.src.models.channels import walk_back
+from keras_renorm.src.models.channels.walks import walk_back
 from keras_renorm.src.pruning.plan import Plan
 from keras_renorm.src.pruning.units import silence_dead_units
 

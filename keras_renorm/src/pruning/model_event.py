@@ -12,7 +12,7 @@ from keras_renorm.src.core.arrays import as_array
 from keras_renorm.src.core.validation import check_finite
 from keras_renorm.src.kernels.events import in_float, new_scale
 from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers
-from keras_renorm.src.models.channels import walk_back
+from keras_renorm.src.models.channels.walks import walk_back
 
 
 def update_masks(

@@ -13,7 +13,7 @@ from keras_renorm.src.core import names, validation
 from keras_renorm.src.core.arrays import as_array
 from keras_renorm.src.core.moments import Moments
 from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
-from keras_renorm.src.models.channels import Ties, find_ties
+from keras_renorm.src.models.channels.walks import Ties, find_ties
 from keras_renorm.src.pruning.selection import choose_layers, kernels_by_layer
 from keras_renorm.src.pruning.units import choose_tied_units, without_outputs
 from keras_renorm.src.rules import allocation as allocations

@@ -15,7 +15,7 @@ from keras_renorm.src.core.keras_internals import flatten_layers
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
 from keras_renorm.src.layers.kernels import Kernel, find_kernels
-from keras_renorm.src.models.channels import Ties, find_ties
+from keras_renorm.src.models.channels.walks import Ties, find_ties
 from keras_renorm.src.pruning.compaction import units_that_stay
 from keras_renorm.src.rules.criteria.base import score
 

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.core.keras_internals import operation_classes
-from keras_renorm.src.models.graph import ELEMENTWISE_ACTIVATIONS, Call, graph_of
+from keras_renorm.src.models.graph import ELEMENTWISE_ACTIVATIONS, GraphCall, graph_of
 
 L = keras.layers
 _CONVOLUTIONS = (L.Conv2D, L.DepthwiseConv2D, L.SeparableConv2D)
@@ -197,7 +197,7 @@ def nodes_of(model: keras.Model) -> list[Node]:
     graph = graph_of(model)
     readers = collections.Counter(id(tensor) for call in graph.calls for tensor in call.inputs)
     readers.update(graph.canonical(tensor) for tensor in keras.tree.flatten(model.outputs))
-    padded: dict[int, Call] = {}
+    padded: dict[int, GraphCall] = {}
     linear: set[int] = set()
     nodes = []
     for call in graph.calls:
@@ -212,7 +212,7 @@ def nodes_of(model: keras.Model) -> list[Node]:
     return nodes
 
 
-def _nodes_of_call(call: Call, padded: dict[int, Call], linear: set[int]) -> list[Node]:
+def _nodes_of_call(call: GraphCall, padded: dict[int, GraphCall], linear: set[int]) -> list[Node]:
     """`padded`: what only adds margins, by its output; `linear`: outputs of convolutions that normalization is folded into."""
     layer, kind = call.operation, type(call.operation)
     padding = next((padded[id(tensor)] for tensor in call.inputs if id(tensor) in padded), None)
@@ -237,7 +237,7 @@ def _nodes_of_call(call: Call, padded: dict[int, Call], linear: set[int]) -> lis
     return [Node(kind=f"a {kind.__name__}", **ends)]
 
 
-def _convolutions(call: Call, padding: Call | None, ends: dict) -> list[Node]:
+def _convolutions(call: GraphCall, padding: GraphCall | None, ends: dict) -> list[Node]:
     layer, channels = call.operation, call.inputs[0].shape[-1]
     kernel, strides, dilation = (tuple(map(int, value)) for value in (layer.kernel_size, layer.strides, layer.dilation_rate))
     if layer.padding == "same":
