@@ -1,4 +1,4 @@
-"""Types of arguments: what a text on the command line must look like, and what becomes of it."""
+"""Types of arguments of the command line: they check a text and convert it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_file(*suffixes: str) -> Any:
 
 
 class PerLayer(argparse.Action):
-    """One value for all layers, or a dict of layer to value, one an option."""
+    """One value for all layers, or a dict of layer to value, with one option for each layer."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         layer, one = value
@@ -84,7 +84,7 @@ def pattern(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def name_among(known: Sequence[str]) -> Callable[[str], str]:
-    """A type of argument: a name that the library knows, or one of a module of the user's, `PACKAGE>NAME`."""
+    """A type of argument: a name that the library knows, or a name `PACKAGE>NAME` of a module of the user."""
 
     def name(text: str) -> str:
         if text not in known and ">" not in text:

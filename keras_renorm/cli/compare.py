@@ -25,7 +25,7 @@ _WARMUP = 5
 
 
 class _KerasFile:
-    """A `.keras` file that answers; `name` and `inputs` are those of its model."""
+    """A `.keras` file that is run; `name` and `inputs` are those of its model."""
 
     def __init__(self, path: pathlib.Path):
         self.model = files.load_model(path)
@@ -40,7 +40,7 @@ class _KerasFile:
 
 
 class _LiteFile:
-    """A `.tflite` file that answers."""
+    """A `.tflite` file that is run."""
 
     def __init__(self, path: pathlib.Path):
         flatbuffer.read(path, "file")
@@ -147,7 +147,7 @@ def _in_order(answer: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def _accuracy(outputs: list[np.ndarray], labels: np.ndarray, path: pathlib.Path) -> float:
-    """The share of answers that are right: of classes, one-hot classes, or yes and no."""
+    """The share of correct outputs: of classes, one-hot classes, or binary labels."""
     if len(outputs) == 1 and labels.dtype.kind in "biuf" and (labels == labels.astype(int)).all():
         (answer,) = outputs
         classes = labels.astype(int)
@@ -173,7 +173,7 @@ def _accuracy(outputs: list[np.ndarray], labels: np.ndarray, path: pathlib.Path)
 
 
 def _same_class(first: list[np.ndarray], second: list[np.ndarray]) -> float | None:
-    """For how many samples both give the same class, if they give classes."""
+    """The number of samples for which both give the same class, if they give classes."""
     if len(first) != 1 or first[0].ndim != 2 or first[0].shape[-1] == 1:
         return None
     return float(np.mean(first[0].argmax(axis=-1) == second[0].argmax(axis=-1)))

@@ -1,4 +1,4 @@
-"""Models and samples from files, and files that appear whole or not at all."""
+"""Models and samples from files, and files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _KERAS_FUNCTIONS = ("activations", "constraints", "initializers", "losses", "met
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules that register classes and functions; they may lie in the directory where the command runs.
+    """Import modules that register classes and functions. They may be in the directory where the command runs.
 
     Raises:
-        ValueError: if one cannot be imported.
+        ValueError: if a module cannot be imported.
     """
     if names and os.getcwd() not in sys.path:
         # Last, so that nothing that happens to lie there takes the place of an installed module.
@@ -41,7 +41,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def check_backend() -> None:
-    """Raise `ValueError` where nothing can be exported, before the work begins."""
+    """Raise `ValueError` if the backend cannot export, before the work begins."""
     backend = keras.backend.backend()
     if backend != "tensorflow":
         raise ValueError(
@@ -54,7 +54,7 @@ def load_model(path: pathlib.Path) -> keras.Model:
     """Load a `.keras` file, without running code from it and without its loss, metrics and optimizer.
 
     Raises:
-        ValueError: if it is not a whole Keras model, or holds objects that nobody registered.
+        ValueError: if it is not a complete Keras model, or holds objects that are not registered.
     """
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
@@ -104,7 +104,7 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
 
 
 def _unregistered(config: Any) -> Iterator[str]:
-    """Names of classes and functions in a model's config that Keras does not know."""
+    """Names of classes and functions in the config of a model that are not registered."""
     if isinstance(config, dict):
         name = config.get("registered_name")
         own = str(config.get("module")).partition(".")[0] == "keras"
@@ -118,7 +118,7 @@ def _unregistered(config: Any) -> Iterator[str]:
 
 
 def _with_code(config: Any, layer: str = "a layer") -> Iterator[str]:
-    """The layers in a model's config that hold code of functions without a name."""
+    """The layers in the config of a model that hold code of anonymous functions."""
     if isinstance(config, dict):
         inner = config.get("config")
         if config.get("class_name") == "__lambda__":
@@ -130,7 +130,7 @@ def _with_code(config: Any, layer: str = "a layer") -> Iterator[str]:
 
 
 def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file by name; that of an `.npy` file is called `x`.
+    """The arrays of an `.npz` file by name. The array of an `.npy` file is called `x`.
 
     Raises:
         ValueError: if the file is damaged, or holds Python objects, which could run code.
@@ -161,8 +161,8 @@ def samples_of(arrays: dict[str, np.ndarray], names: Sequence[str], path: pathli
     """The arrays for the inputs of a model, in their order.
 
     Args:
-        arrays: what is in the file.
-        names: of the inputs. The array of a single input may also be called `x`, or be the only one beside labels `y`.
+        arrays: the arrays of the file.
+        names: names of the inputs. The array of a single input may also be called `x`, or be the only array beside labels `y`.
         path: the file, for the error message.
 
     Raises:
@@ -178,7 +178,7 @@ def samples_of(arrays: dict[str, np.ndarray], names: Sequence[str], path: pathli
 
 
 def inputs_from(path: pathlib.Path | None, model: keras.Model) -> list[np.ndarray] | None:
-    """The samples of a file, an array for each input of the model."""
+    """The samples of a file, one array for each input of the model."""
     if path is None:
         return None
     # A subclassed model does not name its inputs.
@@ -188,7 +188,7 @@ def inputs_from(path: pathlib.Path | None, model: keras.Model) -> list[np.ndarra
 
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Another path to write to, which gets its name when all is done and is gone when something fails."""
+    """Another path to write to. The file takes its name when it is complete, and is removed if writing fails."""
     with folder_beside(path) as folder:
         partial = folder / path.name
         try:

@@ -1,6 +1,6 @@
-"""The command `keras-renorm`: how answers and errors are shown.
+"""The command `keras-renorm`: how results and errors are shown.
 
-A command's module, and with it Keras and TensorFlow, is imported once the arguments are known to be right.
+The module of a command, and with it Keras and TensorFlow, is imported after the arguments are checked.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say; returns the exit status.
+    """Run the command.
 
     Args:
-        argv: the arguments; `None` for those of the process.
+        argv: the arguments. Defaults to `None`: those of the process.
+
+    Returns:
+        The exit status.
     """
     parser = make_parser()
     arguments = parser.parse_args(argv)
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    """What can be said of files before the work begins."""
+    """Check files before the work begins."""
     for value in vars(arguments).values():
         if isinstance(value, pathlib.Path) and value is not getattr(arguments, "output", None):
             if value.is_dir():
@@ -75,7 +78,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(path: pathlib.Path, force: bool) -> None:
-    """Raise `OSError` if a file cannot be written, or is there and must not be written over."""
+    """Raise `OSError` if a file cannot be written, or exists and must not be overwritten."""
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "cannot be written: its folder does not exist"
         raise OSError(f"'{path}' {what}.")
@@ -88,7 +91,7 @@ def _check_output(path: pathlib.Path, force: bool) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 @contextlib.contextmanager
@@ -107,10 +110,10 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Keep standard output for the answer, and standard error free of what TensorFlow logs when it starts.
+    """Keep standard output for the result, and standard error free of the messages of TensorFlow.
 
-    TensorFlow and LiteRT write to the file descriptor, past Python. Warnings go to standard error, and progress bars if it is a
-    terminal.
+    TensorFlow and LiteRT write to the file descriptor directly. Warnings are written to standard error, and progress bars if it
+    is a terminal.
     """
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -131,12 +134,12 @@ def _quiet(debug: bool) -> Iterator[None]:
 
 @functools.cache
 def _standard_error() -> Any:
-    """Standard error past the descriptor that is silenced; never closed, as loggers keep what they find."""
+    """Standard error beside the silenced descriptor. It is never closed, since loggers keep it."""
     return open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
 
 def _plain(data: Any) -> Any:
-    """What JSON can say: `null` for what is not finite."""
+    """Data that JSON can represent: `null` for numbers that are not finite."""
     if isinstance(data, dict):
         return {key: _plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -151,7 +154,7 @@ def _show_warning(message: Any, category: type, *_: Any) -> None:
 
 
 def _with_file(text: str, arguments: argparse.Namespace) -> str:
-    """An error that names a file: the one whose option it is about, else the first."""
+    """An error with the name of a file: the file of its option, else the first."""
     paths = {name: str(value) for name, value in vars(arguments).items() if isinstance(value, pathlib.Path)}
     about = [path for name, path in paths.items() if f"`{name}`" in text] or list(paths.values())
     return text if text.startswith("--") or any(path in text for path in about) else f"'{about[0]}': {text}"

@@ -1,4 +1,4 @@
-"""The arguments of the command line. Neither Keras nor TensorFlow is imported: help and wrong use are answered at once."""
+"""The arguments of the command line. Neither Keras nor TensorFlow is imported, so help and errors are shown at once."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def _add_output(parser: argparse.ArgumentParser, suffix: str) -> None:
 
 
 def contradiction(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with arguments that are right one by one."""
+    """What is wrong with arguments that are valid one by one; `None` if nothing is."""
     if arguments.command == "export" and arguments.representative_data and arguments.quantize != "int8":
         return "--representative-data goes with --quantize int8"
     if arguments.command == "export" and arguments.integer_io and not arguments.representative_data:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
 
 
 def _pattern(setting: tuple[str, tuple[int, ...]]) -> Any:
-    """The pattern for a name and, if there are, its numbers."""
+    """The pattern of a name and its numbers, if there are any."""
     name, numbers = setting
     if not numbers:
         return name

@@ -1,8 +1,8 @@
-"""One-shot pruning with calibration samples: layer by layer, each fed by the pruned layers before it.
+"""One-shot pruning with calibration samples, layer by layer.
 
-A layer is seen as a matrix product (`layers/linear.py`). Its inputs come from the model that is being pruned, its targets are
-what the dense layer computes for the same samples, so errors do not pile up. Layers that are not pruned but come after a
-pruned one are refitted too, and BatchNormalization is adjusted to what reaches it now.
+A layer is viewed as a matrix product (`layers/linear.py`). Its inputs come from the model that is being pruned; its targets are
+the outputs of the dense layer for the same samples, so errors do not accumulate. Layers behind a pruned layer are fitted as
+well, and BatchNormalization is adjusted to its new inputs.
 """
 
 from __future__ import annotations
@@ -47,19 +47,18 @@ def prune_calibrated(
     prune_without_data: Callable[[list[KernelPlan]], list[LayerReport]],
     verbose: int,
 ) -> list[LayerReport]:
-    """Prune and renormalize a copy of a model by what it computes for calibration samples.
+    """Prune and renormalize a copy of a model by its outputs on calibration samples.
 
     Args:
-        dense: the model to aim at; it stays as it is.
+        dense: the model, which is not changed.
         pruned: its copy.
         twins: the layers of both, at any depth, in pairs.
         plans: the kernels to prune, by the `id` of their variable in `pruned`.
         rules: how to prune.
         samples: the calibration samples.
-        gathered: for a criterion that looks at gradients, the statistics of each kernel, by the `id` of its variable in
-            `pruned`.
-        prune_without_data: what to do with kernels that cannot be calibrated, because the samples never reach them or their
-            layer is not known as a matrix product.
+        gathered: for a criterion that uses gradients, the statistics of each kernel, by the `id` of its variable in `pruned`.
+        prune_without_data: prunes kernels that cannot be fitted, because the samples do not reach them or their layer is not
+            known as a matrix product.
         verbose: whether to show a progress bar.
 
     Returns:
@@ -97,8 +96,10 @@ def prune_calibrated(
 
 
 def _collect(stage: list[FittedPart], passes: Passes, rules: PruningRules) -> tuple[list[Moments], list[Statistics | None]]:
-    """The moments of each part, and where the criterion needs others, its statistics: of inputs as they come in the pruned
-    model; targets are those of the dense one."""
+    """The moments of each part, and the statistics for the criterion if it needs others.
+
+    Inputs are those of the pruned model, targets those of the dense model.
+    """
     accumulators = [Accumulator() for _ in stage]
     statistics = getattr(rules.criterion, "statistics", Moments)
     more = statistics is not Moments and statistics.of == "inputs"
@@ -124,7 +125,7 @@ def _collect(stage: list[FittedPart], passes: Passes, rules: PruningRules) -> tu
 
 
 def _missing(part: FittedPart, wanted: list[LayerCall], given: list[LayerCall]) -> Any:
-    """What the other operands of a part's sum lack in the pruned model."""
+    """The error of the other operands of the sum of a part in the pruned model."""
     (dense,) = (call.inputs for call in wanted if call.layer is part.sum.dense)
     (pruned,) = (call.inputs for call in given if call.layer is part.sum.pruned)
     others = [index for index in range(len(dense)) if index != part.sum.operand]
@@ -145,7 +146,7 @@ def _add_in_pieces(accumulator: Accumulator, part: FittedPart, inputs: Any, outp
 
 
 def _gain(part: FittedPart) -> np.ndarray:
-    """What a change of a part's output is multiplied by on its way to its sum, shape `(groups, 1, units)`."""
+    """The factor by which a change of the output of a part reaches its sum, of shape `(groups, 1, units)`."""
     groups, _, units = part.view.sizes
     gain = _factors(part.normalization[0]) if part.normalization else np.ones(groups * units)
     # Through a channel that is as good as closed nothing can be made up for.
@@ -162,7 +163,9 @@ def _check_finite(part, moments):
 
 
 def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rules: PruningRules) -> LayerReport:
-    """Choose the mask of a layer, if it is to be pruned, by the criterion's statistics, and fit what is left by the moments."""
+    """Choose the mask of a layer, if it is to be pruned, by the statistics for the criterion, and fit the kept weights to the
+    moments.
+    """
     matrix, bias = part.matrix, part.bias
     mask = matrix != 0 if part.plan is None else _choose(part, matrix, moments, statistics, rules)
     kept = np.where(mask, matrix, 0)
@@ -231,7 +234,7 @@ def _choose(part: FittedPart, matrix: np.ndarray, moments: Moments, statistics: 
 
 
 def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarray) -> None:
-    """Let a BatchNormalization give zero for dead features, whose input is zero."""
+    """Let a BatchNormalization output zero for dead features, whose inputs are zero."""
     for variable in (layer.gamma, layer.beta, layer.moving_mean):
         if variable is not None:
             variable.assign(np.where(dead, 0, ops.convert_to_numpy(variable)))
@@ -240,11 +243,11 @@ def silence_normalization(layer: keras.layers.BatchNormalization, dead: np.ndarr
 def _adjust(
     layer: keras.layers.BatchNormalization, matrix: np.ndarray, bias: np.ndarray, moments: Moments, plain: np.ndarray
 ) -> None:
-    """Let a BatchNormalization give what it gave: its statistics follow those of its input, `rows @ matrix + bias`.
+    """Adjust a BatchNormalization to its new input `rows @ matrix + bias`, so that it outputs what it did.
 
-    They move by as much as those of the samples do between the dense and the pruned model, so what is merely particular about
-    the samples does not get in. Deviations that are given back let errors grow, too: where that is worse than plain pruning,
-    whose mean squared distances from the targets are `plain`, only the means move.
+    Its statistics move by as much as those of the samples differ between the dense and the pruned model, so that peculiarities
+    of the samples cancel. Restoring deviations also amplifies errors: if that is worse than plain pruning, whose mean squared
+    errors are `plain`, only the means move.
     """
     old_mean, old_variance = (
         ops.convert_to_numpy(part).astype(np.float64) for part in (layer.moving_mean, layer.moving_variance)
@@ -265,6 +268,6 @@ def _adjust(
 
 
 def _factors(layer: keras.layers.BatchNormalization) -> np.ndarray:
-    """What a BatchNormalization multiplies each of its features by."""
+    """The factor by which a BatchNormalization multiplies each of its features."""
     factors = 1 / np.sqrt(ops.convert_to_numpy(layer.moving_variance).astype(np.float64) + layer.epsilon)
     return factors if layer.gamma is None else factors * ops.convert_to_numpy(layer.gamma)

@@ -1,4 +1,4 @@
-"""Statistics of all kernels of a model, from passes of samples through it as it is."""
+"""Statistics of all kernels of a model, from passes of calibration samples through it."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ class KernelStatistics:
 
 
 def gather_statistics(model: keras.Model, samples: Samples, statistics: type[Statistics]) -> dict[int, KernelStatistics]:
-    """Run samples through a model, once.
+    """Gather statistics in one pass of samples through a model.
 
     Args:
-        model: a built model: without prunable layers for statistics of inputs; compiled with its loss for those of gradients,
-            which are with respect to the effective kernels (see `loss_gradients`).
+        model: a built model. Without prunable layers for statistics of inputs; compiled with its loss for statistics of
+            gradients, which are gradients with respect to the effective kernels (see `loss_gradients`).
         samples: the batches, with labels for statistics of gradients.
-        statistics: what to gather, such as `Moments` (about the model as it is: its outputs are the targets) or `Gradients`.
+        statistics: class of the statistics, such as `Moments` (with the outputs of the model itself as targets) or `Gradients`.
 
     Returns:
-        The statistics of each kernel, by the `id` of its variable. Statistics of inputs are not there for kernels that the
-        samples do not reach, nor for those of layers that are not known as matrix products (recurrent, embeddings, your own).
+        The statistics of each kernel, by the `id` of its variable. Statistics of inputs are missing for kernels that the
+        samples do not reach, and for kernels of layers that are not known as matrix products (recurrent layers, embeddings,
+        your own layers).
     """
     accumulators: dict[int, tuple[LinearPart, Any]] = {}
     for part, *seen in _SOURCES[statistics.of](model, samples):
@@ -85,7 +86,7 @@ _SOURCES = {"inputs": _inputs, "gradients": _gradients}
 
 
 def _kernels_as_products(model: keras.Model) -> list[LinearPart]:
-    """Every prunable kernel of a model, as the matrix product that it is or has the shape of."""
+    """Every prunable kernel of a model as a matrix product, or with the shape of one."""
     layers = flatten_layers(model, include_self=False)
     parts = {id(part.kernel): part for layer in layers for part in linear_parts(layer)}
     for layer in layers:
@@ -96,7 +97,7 @@ def _kernels_as_products(model: keras.Model) -> list[LinearPart]:
 
 
 def _by_shape(layer: keras.Layer, kernel: Kernel) -> LinearPart:
-    """A kernel of a layer that computes something else than a matrix product."""
+    """A kernel of a layer that does not compute a matrix product, in the shape of one."""
     shape = tuple(kernel.variable.shape)
     units = tuple(axis for axis in range(len(shape)) if axis not in kernel.input_axes)
     view = LinearView(None, None, shape, ((), kernel.input_axes, units))
@@ -104,10 +105,10 @@ def _by_shape(layer: keras.Layer, kernel: Kernel) -> LinearPart:
 
 
 def scores_of(gathered: Mapping[int, KernelStatistics], criterion: Any) -> dict[int, np.ndarray]:
-    """The score of each weight, by the `id` of the kernel's variable, shaped like the kernel."""
+    """The scores of the weights, by the `id` of the variable of the kernel, of its shape."""
     return {key: one.to_kernel(np.asarray(criterion(one.matrix, one.statistics))) for key, one in gathered.items()}
 
 
 def masks_of(gathered: Mapping[int, KernelStatistics], criterion: Any) -> dict[int, np.ndarray]:
-    """The masks that a criterion which chooses the count itself gives, by the `id` of the kernel's variable."""
+    """The masks of a criterion that chooses the sparsity itself, by the `id` of the variable of the kernel."""
     return {key: one.to_kernel(criterion.select(one.matrix, one.statistics, None)) for key, one in gathered.items()}

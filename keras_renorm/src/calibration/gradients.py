@@ -13,18 +13,19 @@ from keras_renorm.src.layers.prunable import prunable_layers
 
 
 def loss_gradients(model: keras.Model, batch: tuple, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
-    """The gradients of the mean loss of a batch, without regularization, with respect to some variables, trainable or not.
+    """The gradients of the mean loss of a batch, without regularization, with respect to variables, trainable or not.
 
-    The model computes as it does in inference, and stays as it is. Of a prunable kernel the gradient is that with respect to
-    the effective kernel, as if no mask were there: masked weights have one too, which says how much they would help.
+    The model computes as in inference, and is not changed. For a prunable kernel it is the gradient with respect to the
+    effective kernel, as if there were no mask: masked weights have a gradient too, which tells how much they would reduce the
+    loss.
 
     Args:
-        model: a model that was compiled with its loss.
+        model: a model that is compiled with its loss.
         batch: `(x, y)` or `(x, y, sample_weight)`.
-        variables: of the model.
+        variables: variables of the model.
 
     Raises:
-        ValueError: if the model has no loss, or the backend cannot differentiate.
+        ValueError: if the model has no loss, or the backend cannot compute gradients.
     """
     check_loss(model)
     x, y, *rest = batch
@@ -50,7 +51,7 @@ def loss_gradients(model: keras.Model, batch: tuple, variables: Sequence[keras.V
 
 
 def check_loss(model: keras.Model) -> None:
-    """Refuse a model without a loss."""
+    """Raise `ValueError` if a model has no loss."""
     own = type(model).compute_loss is not keras.Model.compute_loss
     if not model.compiled or (getattr(model, "loss", None) is None and not own):
         raise ValueError(

@@ -20,25 +20,24 @@ class LayerCall:
 
 
 class _Enough(BaseException):
-    """Ends a forward pass that has shown all that was asked for; not an `Exception`, which Keras would rewrite."""
+    """Ends a forward pass that has shown everything that was asked for. It is no `Exception`, since Keras would rewrite that."""
 
 
 def observe(
     run: Callable[[], Any], layers: Sequence[keras.Layer], calls: int | None = None, outputs: bool = True
 ) -> list[LayerCall]:
-    """Run something and return the calls of some layers in it.
+    """Run a function and return the calls of some layers in it.
 
-    Works for whatever runs eagerly, subclassed models too. What is put in the place of the layers' `call` is gone when it
-    returns or raises.
+    It works for everything that runs eagerly, also for subclassed models. The layers' own `call` is restored at the end.
 
     Args:
-        run: what calls the layers, such as a forward pass.
-        layers: the layers to watch, at any depth.
-        calls: stop after so many calls; `None` to run to the end.
-        outputs: whether the outputs are needed; the last call is not carried out otherwise.
+        run: calls the layers, such as a forward pass.
+        layers: the layers to observe, at any depth.
+        calls: number of calls after which to stop. Defaults to `None`: run to the end.
+        outputs: whether the outputs are needed. If not, the last call is not executed. Defaults to `True`.
 
     Returns:
-        The calls in their order.
+        The calls in order.
     """
     seen = []
 
@@ -84,7 +83,7 @@ def observe(
 
 
 def without_gradients() -> contextlib.AbstractContextManager:
-    """A context in which PyTorch records nothing for a backward pass; the other backends record nothing by themselves."""
+    """A context in which PyTorch records nothing for a backward pass, as the other backends do by themselves."""
     if keras.backend.backend() == "torch":
         import torch
 

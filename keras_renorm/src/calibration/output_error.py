@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart."""
+"""The distance between the outputs of two models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from keras_renorm.src.calibration.samples import Samples
 
 
 class OutputError:
-    """How far the outputs of other models are from those of a model: mean squared distance as a share of their variance.
+    """The mean squared error of the outputs of other models from those of a model, as a share of their variance.
 
-    In the mean over the outputs; those that never vary, or are no floats, do not count.
+    It is the mean over the outputs. Outputs that are constant or not floats are left out.
 
     Args:
         model: the model to compare with.
-        samples: what to run.
-        memory: bytes to keep its outputs in; where they need more, it runs again.
+        samples: the samples to run.
+        memory: bytes in which to keep its outputs. If they need more, the model runs again.
     """
 
     def __init__(self, model: keras.Model, samples: Samples, memory: int = 2**28):

@@ -1,4 +1,4 @@
-"""Forward passes that go on where the last ones stopped."""
+"""Forward passes that resume where the last passes stopped."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from keras_renorm.src.core.keras_internals import Functional, flatten_layers, fu
 
 
 class Passes:
-    """Forward passes of models over the same samples, each of which starts where what changes next is called.
+    """Forward passes of models over the same samples. Each pass starts at the first layer that has changed.
 
-    What comes before that layer need not run again, if the tensors that are still needed behind it are kept. They are, for as
-    many batches as fit into a fixed amount of memory; the other batches run from their beginning, and so do subclassed models.
+    The layers before it need not run again, if the tensors that later layers still need are kept. They are kept for as many
+    batches as fit into a fixed amount of memory. Other batches, and subclassed models, run from the beginning.
 
     Args:
         models: built models that take the same inputs.
         samples: the batches.
-        memory: bytes to keep tensors in.
+        memory: bytes in which to keep tensors.
     """
 
     def __init__(self, models: Sequence[keras.Model], samples: Samples, memory: int = 2**30):
@@ -38,7 +38,8 @@ class Passes:
         """For each batch, the functions that run it through each of the models.
 
         Args:
-            layers: for each model, layers that the run has to show. No layer that is called before them may change any more.
+            layers: for each model, the layers that the pass must reach. Layers that are called before them must not change any
+                more.
         """
         start = min(graph.position(of_model) for graph, of_model in zip(self._graphs, layers))
         free = self._memory
@@ -58,7 +59,7 @@ class Passes:
 
 
 class _Graph:
-    """The operations of a model in the order in which Keras runs them; a subclassed model is a single one."""
+    """The operations of a model in the order in which Keras runs them. A subclassed model is a single operation."""
 
     def __init__(self, model):
         self._model = model
@@ -87,7 +88,7 @@ class _Graph:
         return {id(key): value for key, value in zip(self._graph.inputs, standardize_inputs(self._graph, batch))}
 
     def run(self, values: dict, start: int, stop: int | None = None) -> dict:
-        """Run the operations from `start` up to `stop`; returns the tensors that those behind need."""
+        """Run the operations from `start` up to `stop`, and return the tensors that later operations need."""
         if self._graph is None:
             if stop is None:
                 self._model(values[None], training=False)

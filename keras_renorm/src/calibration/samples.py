@@ -1,4 +1,4 @@
-"""Calibration samples as a stream of batches that are checked."""
+"""Calibration samples as a stream of checked batches."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ MOST_SAMPLES = 1_000_000
 
 
 class Samples:
-    """Calibration samples that can be run through again and again, one checked batch at a time.
+    """Calibration samples that can be read several times, one checked batch at a time.
 
     Args:
-        data: an array, a list or dict of arrays (one an input of the model), a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
-            generator, or any other iterable of batches. Of a batch that is a tuple `(x, y)` or `(x, y, weights)`, `x` is taken,
-            and the rest with `labels`; then arrays are such a tuple, too.
-            What a generator yields is kept in a temporary file, as it is needed more than once.
-        model: the model that they are for.
-        batch_size: how many samples of arrays to run at once; other data come in batches of their own.
-        labels: whether labels are needed, so that `labelled()` gives them.
+        data: an array, a list or dict of arrays (one for each input of the model), a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, a generator, or any other iterable of batches. Of a batch that is a tuple `(x, y)` or `(x,
+            y, weights)`, `x` is used, and the rest with `labels`; then arrays are such a tuple, too. The batches of a generator
+            are kept in a temporary file.
+        model: the model that takes the samples.
+        batch_size: batch size for arrays. Other data have batches of their own.
+        labels: whether labels are needed, so that `labelled()` returns them. Defaults to `False`.
 
     Raises:
-        ValueError: for samples that the model cannot take: none at all, of the wrong shape or type, NaN, or
-            without labels where these are needed.
+        ValueError: if the model cannot take the samples: if there are none, if they have a wrong shape or type or hold NaN, or
+            if they have no labels and labels are needed.
     """
 
     def __init__(self, data: Any, model: keras.Model, batch_size: int, labels: bool = False):
@@ -71,7 +71,7 @@ class Samples:
 
     @property
     def names(self) -> list[str]:
-        """The names of the model's inputs, as far as it has some."""
+        """The names of the inputs of the model, if it has any."""
         return [tensor.name for tensor in self._inputs]
 
     def __iter__(self) -> Iterator[Any]:
@@ -80,7 +80,7 @@ class Samples:
             yield batch
 
     def labelled(self) -> Iterator[tuple]:
-        """Each batch as `(x,)`, or where labels are needed as `(x, y)` or `(x, y, weights)`."""
+        """Each batch as `(x,)`, or with labels as `(x, y)` or `(x, y, weights)`."""
         count = 0
         for batch, *rest in self._read():
             batch = self._check(batch)
@@ -107,7 +107,7 @@ class Samples:
             self._spool.file.close()
 
     def _split(self, batch) -> tuple:
-        """The inputs in a batch, which may be a pair `(x, y)` or, as data loaders have it, a list of these; with its labels."""
+        """The inputs of a batch, and its labels. A batch may be a pair `(x, y)` or, from data loaders, a list of these."""
         if self._labels:
             return self._with_labels(batch)
         if isinstance(batch, (list, tuple)):

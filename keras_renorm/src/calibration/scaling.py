@@ -1,4 +1,4 @@
-"""Whether calibration samples look like the data that a model was trained on."""
+"""Whether calibration samples look like the data that the model was trained on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNLIKE = 30
 
 
 def warn_of_odd_samples(model: keras.Model, samples: Samples, stacklevel: int = 2) -> None:
-    """Warn if the samples are all the same, or scaled in another way than what the model was fed with, where it shows that."""
+    """Warn if all samples are the same, or if they are scaled in another way than the training data."""
     constant = _constant_inputs(samples)
     if constant:
         warnings.warn(
@@ -36,7 +36,7 @@ def warn_of_odd_samples(model: keras.Model, samples: Samples, stacklevel: int = 
 
 
 def _constant_inputs(samples: Samples) -> list[str]:
-    """The names of inputs of floats (of any, if no input varies) that are the same in all samples, if there are several."""
+    """The names of float inputs (of all inputs, if none varies) that are the same in all samples, if there are several samples."""
     first, varies, count = None, None, 0
     for batch in samples:
         leaves = keras.tree.flatten(batch)
@@ -52,7 +52,7 @@ def _constant_inputs(samples: Samples) -> list[str]:
 
 
 def _what_is_unlike(model: keras.Model, batch: Any) -> str | None:
-    """What the first layer that knows how its inputs are scaled says of a batch."""
+    """A sentence on a batch by the first layer that knows how its inputs are scaled."""
     kinds = (keras.layers.BatchNormalization, keras.layers.Normalization, keras.layers.Rescaling)
     layers = [layer for layer in flatten_layers(model) if isinstance(layer, kinds)]
     with np.errstate(all="ignore"):
@@ -79,7 +79,7 @@ def _what_is_unlike(model: keras.Model, batch: Any) -> str | None:
 
 
 def _standardized(layer: keras.Layer, inputs: np.ndarray) -> np.ndarray | None:
-    """Inputs less the recorded mean over the recorded deviation, shape `(rows, features)`; `None` where none is recorded."""
+    """Inputs less the recorded mean, over the recorded deviation, of shape `(rows, features)`; `None` if none is recorded."""
     if isinstance(layer, keras.layers.Normalization):
         if layer.invert or layer.axis not in ((-1,), (len(inputs.shape) - 1,)):
             return None

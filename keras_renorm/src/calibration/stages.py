@@ -1,6 +1,6 @@
-"""Which layers calibration visits, in which order, and how they hang together.
+"""Which layers calibration fits, in which order, and how they depend on each other.
 
-All of it is seen by watching the model run, so it holds for nested and for subclassed models too.
+The order is observed while the model runs, so that it is known for nested and for subclassed models, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ L = keras.layers
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """An `Add` that takes, as its operand number `operand`, the output of a part."""
+    """An `Add` whose operand number `operand` is the output of a part."""
 
     dense: keras.Layer
     pruned: keras.Layer
@@ -37,16 +37,17 @@ class FittedPart:
     Args:
         dense: the layer in the dense model.
         pruned: its twin in the model that is being pruned.
-        view: how it is seen as a matrix product.
+        view: the part as a matrix product.
         products: the matrix product (dense, pruned); `None` for a BatchNormalization.
-        following: the matrix product of the dense layer that takes what this one makes; `None` if the layer gives that.
+        following: the matrix product of the dense layer that takes the output of this one; `None` if it is the output of the
+            layer.
         plan: how to prune it; `None` if it is only fitted.
-        first_call: when the layer is called first.
-        inputs: `id` of the tensor that the layer is called with, and which of its products this is; `None` if it is called
-            several times.
-        calls: how often it is called in one run.
-        normalization: the BatchNormalization (dense, pruned) that takes its very output.
-        sum: the `Add` that takes its output, or that of its normalization, last of all operands.
+        first_call: number of the first call of the layer.
+        inputs: `id` of the tensor that the layer is called with, and which of its products this is; `None` if the layer is
+            called several times.
+        calls: number of calls in one forward pass.
+        normalization: the BatchNormalization (dense, pruned) that takes exactly its output.
+        sum: the `Add` that takes its output, or that of its normalization, if this is the operand that is fitted last.
     """
 
     dense: keras.Layer
@@ -71,25 +72,25 @@ class FittedPart:
 
     @property
     def matrix(self) -> np.ndarray:
-        """The dense kernel, shape `(groups, inputs, units)`."""
+        """The dense kernel, of shape `(groups, inputs, units)`."""
         return self.view.to_matrix(ops.convert_to_numpy(self.products[0].kernel).astype(np.float64))
 
     @property
     def bias(self) -> np.ndarray:
-        """The dense bias or zeros, shape `(groups, units)`."""
+        """The dense bias or zeros, of shape `(groups, units)`."""
         groups, _, units = self.view.sizes
         if self.products[0].bias is None:
             return np.zeros((groups, units))
         return ops.convert_to_numpy(self.products[0].bias).astype(np.float64).reshape(groups, units)
 
     def inputs_in(self, call: LayerCall) -> Any:
-        """What it takes in a call of either layer."""
+        """The inputs of the part in a call of either layer."""
         if self.is_normalization:
             return call.inputs
         return self.products[0 if call.layer is self.dense else 1].feed(call.inputs)
 
     def outputs_in(self, call: LayerCall) -> Any:
-        """What it should make in a call of the dense layer."""
+        """The target outputs of the part in a call of the dense layer."""
         if self.is_normalization:
             return call.inputs
         return call.outputs if self.following is None else self.following.feed(call.inputs)
@@ -102,15 +103,17 @@ def find_stages(
     batch: Any,
     refit: bool,
 ) -> list[list[FittedPart]]:
-    """The parts in the order in which the dense model calls them; those that are called with the same tensor, such as query,
-    key and value, share a stage, as one pass over the samples serves them all.
+    """Find the parts to fit, in the order in which the dense model calls them.
+
+    Parts that are called with the same tensor, such as query, key and value, share a stage, since one pass over the samples is
+    enough for all of them.
 
     Args:
         dense: the dense model.
         twins: the layers of both models, at any depth, in pairs.
         plans: the kernels to prune, by the `id` of their variable in the pruned model.
         batch: samples to run.
-        refit: whether what comes after the first pruned layer is visited too.
+        refit: whether layers behind the first pruned layer are fitted, too.
     """
     candidates, sums = {}, {}
     for old, new in twins:
@@ -157,7 +160,7 @@ def find_stages(
 
 
 def _products(old: keras.Layer, new: keras.Layer, plans: dict[int, KernelPlan], refit: bool) -> list[tuple]:
-    """What to visit in a layer: views, parts, what follows them and plans, in the order in which they are computed."""
+    """The views, products, following products and plans of a layer, in the order in which they are computed."""
     if getattr(old, "lora_enabled", False) or getattr(old, "quantization_mode", None) is not None or not old.built:
         return []
     if isinstance(old, L.BatchNormalization):
@@ -178,7 +181,7 @@ def _by_feature(layer: keras.layers.BatchNormalization) -> LinearView:
 
 
 def _is_linear(call: LayerCall, part: FittedPart) -> bool:
-    """Whether the call is what the view takes it for: not inside `vmap`, nor in a subclass that computes something else."""
+    """Whether the layer computes the product of its view in a call. In `vmap` and in some subclasses it does not."""
     try:
         tensors = (part.inputs_in(call), part.outputs_in(call))
         inputs, outputs = (ops.convert_to_tensor(ops.convert_to_numpy(tensor)[:1], "float32") for tensor in tensors)
@@ -196,9 +199,11 @@ def _is_linear(call: LayerCall, part: FittedPart) -> bool:
 
 
 def _join_normalizations(parts: list[FittedPart], calls: list[LayerCall]) -> dict[int, FittedPart]:
-    """A BatchNormalization that takes a layer's very output is adjusted along with that layer, without a pass of its own.
+    """Join each BatchNormalization that takes exactly the output of a layer to that layer: it is adjusted without a pass of its
+    own.
 
-    Returns the part that makes each tensor, by the tensor's `id`; what such a normalization makes counts as the layer's.
+    Returns the part that makes each tensor, by the `id` of the tensor. The output of a joined normalization counts as the
+    layer's.
     """
     # Of the products of a layer the last one makes its outputs.
     by_layer = {id(part.dense): part for part in parts}
@@ -215,7 +220,7 @@ def _join_normalizations(parts: list[FittedPart], calls: list[LayerCall]) -> dic
 
 
 def _numbers_units(view: LinearView, shape: Sequence[int | None], axis: int) -> bool:
-    """Whether an axis of a layer's outputs numbers its units, group by group."""
+    """Whether an axis of the outputs of a layer numbers its units, group by group."""
     groups, _, units = view.sizes
     if shape[axis] != groups * units:
         return False
@@ -230,7 +235,7 @@ def _output_is_linear(layer) -> bool:
 
 
 def _join_sums(parts: list[FittedPart], sums: dict, makers: dict[int, FittedPart], calls: list[LayerCall]) -> None:
-    """Of the operands of an `Add`, the one that is visited last can make up for what the others miss."""
+    """Let the operand of an `Add` that is fitted last correct the errors of the other operands."""
     order = {id(part): index for index, part in enumerate(parts)}
     for call in calls:
         if id(call.layer) not in sums:

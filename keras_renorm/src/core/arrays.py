@@ -1,4 +1,4 @@
-"""Variables as arrays of NumPy, masks over them, blocks of them and thresholds in them, without needless copies."""
+"""Arrays of NumPy: values of variables, masks, blocks and thresholds, without needless copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK = 131_072
 
 
 def as_array(value: Any) -> np.ndarray:
-    """The values of a variable or a tensor, now: not to be written to, and not copied where that can be helped."""
+    """The present values of a variable or a tensor, if possible without a copy. Do not write to them."""
     if keras.backend.backend() != "tensorflow":
         return keras.ops.convert_to_numpy(value)
     # Keras would copy twice. A tensor that was read shares memory with its variable until that gets other values.
@@ -21,7 +21,7 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def for_another(value: Any) -> Any:
-    """The values of a variable or a tensor to assign to a variable of another model, without a copy where that is safe."""
+    """The values of a variable or a tensor, to be assigned to a variable of another model; without a copy if that is safe."""
     # TensorFlow copies when one of the two is written to. On JAX they would share arrays, which training frees.
     return value if keras.backend.backend() == "tensorflow" else keras.ops.convert_to_numpy(value)
 
@@ -33,7 +33,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def masked(array: np.ndarray, mask: np.ndarray, other: float = 0.0) -> np.ndarray:
-    """The array, of floats, with `other` where the mask is `False`, whatever was there."""
+    """The float array, with `other` where the mask is `False`."""
     # `True` becomes -1, all of whose bits are set: faster than `where`, and what a product makes of infinity is not right.
     bits, every_bit = array.view(f"i{array.itemsize}"), -mask.view(np.int8)
     if other == 0:
@@ -46,20 +46,19 @@ def masked(array: np.ndarray, mask: np.ndarray, other: float = 0.0) -> np.ndarra
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix, of about as many weights as a processor's cache holds."""
+    """Slices of the rows of a matrix, of about as many weights as the cache of a processor holds."""
     step = max(1, _BLOCK // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
-    """Two values between which most likely lies the one that a share of all values is below (Floyd and Rivest, SELECT, 1975).
+    """Two values that most likely enclose a quantile (Floyd and Rivest, SELECT, 1975).
 
-    Only what lies between has to be partitioned: a few passes over memory instead of the tens that introselect takes where
-    the processor is slow at it.
+    Only the values between them must be partitioned: this takes a few passes over memory, where introselect takes tens.
 
     Args:
-        sample: of the values, drawn at random.
-        share: in [0, 1].
+        sample: random sample of the values.
+        share: the quantile, in [0, 1].
     """
     if len(sample) < 1000:
         return -np.inf, np.inf

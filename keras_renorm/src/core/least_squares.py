@@ -1,4 +1,4 @@
-"""Least squares with a mask: the survivors of every unit, refitted to what the dense unit computes."""
+"""Least squares with a mask: the kept weights of each unit are fitted to the outputs of the dense unit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from keras_renorm.src.core.moments import Moments
 
 
 def regularized(moments: Moments, matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Left and right sides of the normal equations, with a pull toward `matrix`.
+    """The left and right sides of the normal equations, with a ridge penalty on the distance from `matrix`.
 
     Args:
-        moments: of the layer.
-        matrix: the dense weights, shape `(groups, inputs, units)`.
-        ridge: strength of the pull, as a share of the inputs' mean second moment.
+        moments: second moments of the layer.
+        matrix: the dense weights, of shape `(groups, inputs, units)`.
+        ridge: strength of the penalty, as a share of the mean second moment of the inputs.
 
     Returns:
         `gram + p I` and `cross + p matrix`, where `p` is `ridge` times the mean of the diagonal of `gram`.
@@ -25,16 +25,16 @@ def regularized(moments: Moments, matrix: np.ndarray, ridge: float) -> tuple[np.
 
 
 def solve_masked(left: np.ndarray, right: np.ndarray, mask: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Solve `left @ x = right` for every unit over its kept inputs, with zeros elsewhere.
+    """Solve `left @ x = right` for every unit on its kept inputs; other weights are zero.
 
-    Units with the same kept inputs are solved at once. Otherwise each unit gets a direct solve, or all of them together
-    conjugate gradients, whichever is less work: the first grows with the cube of what a unit keeps.
+    Units with the same kept inputs are solved together. Otherwise each unit has a direct solution, or conjugate gradients solve
+    all units together, whichever is less work: the work of a direct solution grows with the cube of the number of kept inputs.
 
     Args:
-        left: symmetric positive definite, shape `(groups, inputs, inputs)`.
-        right: shape `(groups, inputs, units)`.
-        mask: bool, shape `(groups, inputs, units)`.
-        start: a first guess of the same shape, for the conjugate gradients.
+        left: symmetric positive definite array of shape `(groups, inputs, inputs)`.
+        right: array of shape `(groups, inputs, units)`.
+        mask: bool array of shape `(groups, inputs, units)`.
+        start: first guess of the same shape, for conjugate gradients.
     """
     solution = np.zeros(right.shape)
     for group in range(len(left)):
@@ -58,7 +58,7 @@ _CONJUGATE_GRADIENTS_COST = 4
 
 
 def _conjugate_gradients(left, right, mask, start, tolerance=3e-3, most_iterations=200):
-    """All units at once, preconditioned by the diagonal; a unit that has converged is taken out."""
+    """Solve all units together, with the diagonal as preconditioner. Units that have converged are left out."""
     scale = np.sqrt(np.diag(left))[:, None]
     left = (left / scale / scale.T).astype(np.float32)
     right = np.where(mask, right / scale, 0)

@@ -1,4 +1,4 @@
-"""What is known of a layer from samples: moments of what goes in and of what should come out; how large what goes in is."""
+"""Statistics of a layer on calibration samples: second moments of inputs and targets, and sizes of inputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from keras_renorm.src.core.statistics import Statistics
 
 @dataclasses.dataclass(frozen=True)
 class Moments(Statistics):
-    """Moments of the rows and targets of a layer seen as `targets = rows @ matrix + bias`, for each of its groups.
+    """Second moments of a layer that is viewed as `targets = rows @ matrix + bias`, for each of its groups.
 
     Args:
-        rows: how many rows they were taken from.
-        gram: second moments of the inputs, shape `(groups, inputs, inputs)`.
-        cross: those of the inputs with the targets, shape `(groups, inputs, units)`.
-        power: those of the targets, shape `(groups, units)`.
-        input_mean: shape `(groups, inputs)`. The moments above are about the means, so that an intercept is free; for a
-            layer that cannot have one they are about zero, and the means are zeros.
-        target_mean: shape `(groups, units)`.
+        rows: number of rows.
+        gram: second moments of the inputs, of shape `(groups, inputs, inputs)`.
+        cross: second moments of the inputs with the targets, of shape `(groups, inputs, units)`.
+        power: second moments of the targets, of shape `(groups, units)`.
+        input_mean: means of the inputs, of shape `(groups, inputs)`. The moments are about the means, so that the intercept is
+            free. For a layer that cannot have an intercept they are about zero, and the means are zeros.
+        target_mean: means of the targets, of shape `(groups, units)`.
     """
 
     rows: int
@@ -37,19 +37,19 @@ class Moments(Statistics):
         return OwnMoments(product)
 
     def intercept(self, matrix: np.ndarray) -> np.ndarray:
-        """The bias with which `matrix` meets the targets in the mean, shape `(groups, units)`."""
+        """The bias for which `matrix` has the means of the targets, of shape `(groups, units)`."""
         return self.target_mean - np.einsum("gi,giu->gu", self.input_mean, matrix)
 
     def output_power(self, matrix: np.ndarray) -> np.ndarray:
-        """Second moment of `rows @ matrix`, shape `(groups, units)`."""
+        """Second moments of `rows @ matrix`, of shape `(groups, units)`."""
         return np.einsum("giu,giu->gu", matrix, self.gram @ matrix)
 
     def error(self, matrix: np.ndarray, bias: np.ndarray) -> float:
-        """Mean squared distance of `rows @ matrix + bias` from the targets, as a share of the targets' own power."""
+        """Mean squared error of `rows @ matrix + bias`, as a share of the power of the targets."""
         return float(np.sum(self.squares(matrix, bias)) / max(np.sum(self.power), np.finfo(np.float64).tiny))
 
     def squares(self, matrix: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        """Mean squared distance of each unit's `rows @ matrix + bias` from its targets, shape `(groups, units)`."""
+        """Mean squared error of `rows @ matrix + bias` for each unit, of shape `(groups, units)`."""
         about_means = self.power - 2 * np.einsum("giu,giu->gu", matrix, self.cross) + self.output_power(matrix)
         return np.maximum(about_means, 0) + (bias - self.intercept(matrix)) ** 2
 
@@ -59,13 +59,13 @@ _ROUNDING = 1e-6
 
 
 class Accumulator:
-    """Adds up moments batch by batch, in memory that does not depend on how many batches there are."""
+    """Accumulates moments batch by batch, in memory that does not depend on the number of batches."""
 
     def __init__(self):
         self._rows = 0
 
     def add(self, rows, targets) -> None:
-        """Take in tensors of shape `(groups, rows, inputs)` and `(groups, rows, units)`."""
+        """Add tensors of shape `(groups, rows, inputs)` and `(groups, rows, units)`."""
         rows, targets = ops.cast(rows, "float32"), ops.cast(targets, "float32")
         if not self._rows:
             # Sums are taken about the first batch's means: about zero, large means would drown the rest.
@@ -86,7 +86,7 @@ class Accumulator:
         self._sums = [total + ops.convert_to_numpy(part) for total, part in zip(self._sums, batch)]
 
     def moments(self, intercept: bool = True) -> Moments:
-        """What was added up, about the means or, for a layer that can have no intercept, about zero."""
+        """The accumulated moments, about the means or, for a layer without an intercept, about zero."""
         with np.errstate(over="ignore", invalid="ignore"):
             # What is not finite is for the caller to see in the moments.
             return self._moments(intercept)
@@ -121,7 +121,7 @@ class Accumulator:
 
 
 class OwnMoments:
-    """Adds up the moments of a layer as it is: its targets are what its own kernel gives."""
+    """Accumulates the moments of a layer as it is: its own outputs are the targets."""
 
     def __init__(self, product: Any):
         self._product, self._accumulator = product, Accumulator()
@@ -137,7 +137,7 @@ class OwnMoments:
 
 
 def _size(tensor: Any) -> Any:
-    """The power of two above the largest number along the rows, 1 where all are zero."""
+    """The power of two above the largest number along the rows; 1 if all are zero."""
     largest = ops.convert_to_numpy(ops.max(ops.abs(tensor), axis=1, keepdims=True))
     exponents = np.frexp(np.where(np.isfinite(largest), largest, 0))[1]
     return ops.convert_to_tensor(np.ldexp(np.float32(1), np.clip(exponents, -125, 125)), "float32")
@@ -145,12 +145,13 @@ def _size(tensor: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class InputSizes(Statistics):
-    """How large the inputs of a layer are, in the mean over the samples, at each of its output positions.
+    """The mean magnitudes of the inputs of a layer over the samples, at each of its output positions.
 
     Args:
-        sizes: means of `|x|`, shape `(groups, positions, inputs)`; a Dense layer called with a matrix has one position.
-        taps: how many weights a slice has, which joins an input channel with a unit: the inputs are `(taps, channels)`.
-        bias: sizes of the biases, shape `(groups, units)`.
+        sizes: means of `|x|`, of shape `(groups, positions, inputs)`. A Dense layer that is called with a matrix has one
+            position.
+        taps: number of weights of a slice, which joins an input channel with a unit. The inputs are `(taps, channels)`.
+        bias: magnitudes of the biases, of shape `(groups, units)`.
     """
 
     sizes: np.ndarray
@@ -163,7 +164,7 @@ class InputSizes(Statistics):
 
 
 class SizeAccumulator:
-    """Adds up the sizes of inputs batch by batch: memory for one sample, or one of each shape that comes."""
+    """Accumulates magnitudes of inputs batch by batch, in the memory of one sample of each shape."""
 
     def __init__(self, product: Any):
         self._product = product

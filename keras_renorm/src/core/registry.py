@@ -1,4 +1,4 @@
-"""One way in and out for everything that can be named: strings, instances, configs, callables."""
+"""Names, instances, configs and callables as objects, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ register = keras.saving.register_keras_serializable(package=PACKAGE)
 
 
 class Configurable:
-    """A small value object: its constructor's arguments are its attributes, its config and its identity."""
+    """A small value object: the arguments of its constructor are its attributes, its config and its identity."""
 
     def get_config(self) -> dict:
         names = inspect.signature(type(self)).parameters
@@ -36,13 +36,13 @@ class Configurable:
 
 
 def get(identifier: Any, known: dict[str, Callable[[], Any]], base: type, argument: str) -> Any:
-    """Turn a string, an instance, a config or a callable into the object it stands for.
+    """Get the object of a string, an instance, a config or a callable.
 
     Args:
         identifier: a key of `known`, an instance of `base`, a Keras config dict, or any callable.
-        known: name -> class without required arguments.
-        base: the class that instances have.
-        argument: how the user calls it, for the error message.
+        known: dict of name to class. The classes have no required arguments.
+        base: class of the instances, which is public in the module of its name.
+        argument: name of the argument in the error message.
 
     Returns:
         An instance of `base`, or the callable that was passed in.
@@ -67,5 +67,5 @@ def get(identifier: Any, known: dict[str, Callable[[], Any]], base: type, argume
 
 
 def serialize(value: Any) -> Any:
-    """The JSON-ready config of what `get` returned, for `get_config`."""
+    """The JSON-ready config of an object that `get` returned, for `get_config`."""
     return value if value is None or isinstance(value, str) else keras.saving.serialize_keras_object(value)

@@ -1,4 +1,4 @@
-"""What a criterion can know of a kernel from samples."""
+"""The statistics that a criterion can use of a kernel on calibration samples."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import numpy as np
 
 
 class Statistics:
-    """Base class of what a criterion knows of a kernel; `CalibratedCriterion.statistics` names a subclass.
+    """Base class of the statistics of a kernel. `CalibratedCriterion.statistics` names a subclass.
 
-    `of` says what it is gathered from: `"inputs"` of the kernel's layer, in forward passes; or `"gradients"` of the loss with
-    respect to the kernel, for which the samples need labels and the model needs to be compiled with its loss.
+    Attributes:
+        of: what the statistics are gathered from: `"inputs"` of the layer of the kernel, in forward passes; or `"gradients"` of
+            the loss with respect to the kernel, for which the samples need labels and the model must be compiled with its loss.
     """
 
     of = "inputs"
 
     @classmethod
     def accumulator(cls, product: Any) -> Any:
-        """What adds up the statistics of one kernel.
+        """The accumulator of the statistics of one kernel.
 
         Args:
             product: the kernel as a matrix product, with `kernel`, `bias`, `view` and `taps` (a `LinearPart`).
 
         Returns:
-            An object with a method `result()`, which gives an instance of this class, and a method `update`, which is called
-            once for every batch: `update(inputs)` with a tensor of the product's inputs, samples first; or
-            `update(gradient, samples)` with the gradient of the batch's mean loss, an array shaped like the kernel, and the
-            number of samples in the batch.
+            An object with a method `result()`, which returns an instance of this class, and a method `update`, which is called
+            once for every batch: `update(inputs)` with the tensor of the inputs of the product, samples first; or
+            `update(gradient, samples)` with the gradient of the mean loss of the batch, an array of the shape of the kernel,
+            and the number of samples in the batch.
         """
         raise NotImplementedError
 
@@ -38,8 +39,8 @@ class Gradients(Statistics):
     """The gradient of the loss with respect to a kernel.
 
     Args:
-        mean: over the samples, shape `(groups, inputs, units)`.
-        square: mean over the batches of the square of the batch's gradient, of the same shape.
+        mean: mean over the samples, of shape `(groups, inputs, units)`.
+        square: mean over the batches of the square of the gradient of a batch, of the same shape.
     """
 
     mean: np.ndarray
@@ -53,7 +54,7 @@ class Gradients(Statistics):
 
 
 class GradientAccumulator:
-    """Adds up gradients batch by batch."""
+    """Accumulates gradients batch by batch."""
 
     def __init__(self, product: Any):
         self._view = product.view

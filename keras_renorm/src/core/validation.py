@@ -1,4 +1,4 @@
-"""Checks of what a user passes in: every error names the argument, what was received and what to do."""
+"""Checks of arguments. Each error names the argument, what was received and what to do."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def check_choice(value: Any, choices: tuple[str, ...], argument: str) -> str:
 
 
 def check_verbose(value: Any) -> int:
-    """Return 0, 1 or 2; `"auto"` is 1 where Keras logs interactively."""
+    """Return 0, 1 or 2. `"auto"` is 1 if Keras logs interactively."""
     if value == "auto":
         return int(keras.config.is_interactive_logging_enabled())
     return check_choice(value, (0, 1, 2), "verbose")
 
 
 def check_scores(scores: np.ndarray, mask: np.ndarray | None = None) -> None:
-    """Raise `ValueError` if a score is NaN where `mask` is set (`None`: anywhere)."""
+    """Raise `ValueError` if a score is NaN where `mask` is `True` (`None`: anywhere)."""
     # One fast pass while all is well: the highest of numbers that are not all numbers is NaN.
     if np.isnan(scores.max(initial=0)) and (mask is None or np.isnan(scores[mask]).any()):
         raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")

@@ -20,12 +20,13 @@ _SUFFIX = ".keras_renorm"
 
 @contextlib.contextmanager
 def folder_beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A hidden folder beside a file, gone afterwards; those that killed processes left for the same file go, too.
+    """A hidden folder beside a file, which is removed afterwards. Folders that killed processes left for the same file are
+    removed, too.
 
-    Whoever works in such a folder holds a lock on it, which ends with the process.
+    A process locks the folder that it uses. The lock ends with the process.
 
     Raises:
-        OSError: if the folder cannot be made.
+        OSError: if the folder cannot be created.
     """
     prefix = f".{path.name}."
     for left in path.parent.glob(f"{glob.escape(prefix)}*{_SUFFIX}"):
@@ -47,7 +48,7 @@ def folder_beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _lock(folder: str | os.PathLike, wait: bool) -> Iterator[bool]:
-    """Hold the lock on a folder until the end of the block; whether it could be had."""
+    """Lock the folder until the end of the block, and return whether that was possible."""
     with contextlib.ExitStack() as stack:
         held = fcntl is not None
         try:

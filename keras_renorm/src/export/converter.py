@@ -24,14 +24,15 @@ def convert(
     fixed_batch: bool = False,
     integer_io: bool = False,
 ) -> None:
-    """Write a model as a `.tflite` file, every tensor stored in full.
+    """Write a model as a `.tflite` file with every tensor stored in full.
 
     Args:
         model: a model of plain Keras layers.
-        path: where to write.
+        path: path of the file.
         quantize: as in `keras_renorm.export_tflite`.
-        representative: likewise, one array an input.
-        fixed_batch: whether the file takes one sample at a time (or as many as the model's inputs say), instead of any number.
+        representative: representative data, one array for each input. Defaults to `None`.
+        fixed_batch: whether the file takes one sample at a time (or as many as the inputs of the model say), instead of any
+            number.
         integer_io: as in `keras_renorm.export_tflite`.
 
     Raises:
@@ -53,13 +54,13 @@ def convert(
 
 
 def layer_names(model: keras.Model) -> frozenset[str]:
-    """Names of the layers in a model, those within others too."""
+    """The names of the layers of a model, also inside other layers."""
     return frozenset(layer.name for layer in flatten_layers(model) if not isinstance(layer, keras.Model))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing of what TensorFlow says while it writes to temporary folders, which nobody can use."""
+    """Suppress the messages of TensorFlow about temporary folders."""
     logger = logging.getLogger("tensorflow")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Why a model could not be traced, converted or run, in words that name the layer, the cause and the remedy."""
+"""Why a model could not be traced, converted or run: the layer, the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _LENGTH = 300
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short."""
+    """An error in short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:_LENGTH] if lines else type(error).__name__
 
 
 def reason(error: Exception, layers: frozenset[str] = frozenset()) -> str:
-    """What an error of Keras or of TensorFlow's converter is about.
+    """The cause of an error of Keras or of TensorFlow's converter.
 
     Args:
         error: the error.
-        layers: names of layers of the Keras model.
+        layers: names of the layers of the Keras model.
     """
     text = str(error)
     if operations := [
@@ -45,7 +45,7 @@ def reason(error: Exception, layers: frozenset[str] = frozenset()) -> str:
 
 
 def unknown_operations(operations: Iterable[str], places: Iterable[str]) -> str:
-    """What to say of operations that TFLite does not have."""
+    """A sentence on operations that TFLite does not have."""
     where = ", ".join(f"'{place}'" for place in dict.fromkeys(places)) or "the model"
     names = ", ".join(dict.fromkeys(name.removeprefix("Flex") for name in operations))
     return (
@@ -66,7 +66,7 @@ def layer_of(scope: str, layers: frozenset[str]) -> str | None:
 
 @contextlib.contextmanager
 def full_disk_told(path: pathlib.Path) -> Iterator[None]:
-    """Say so where the reason of an error is a disk without space, for the file or for what the converter writes before."""
+    """Tell the user if an error is caused by a disk without space, for the file or for temporary files of the converter."""
     try:
         yield
     except Exception as error:
@@ -79,7 +79,7 @@ def full_disk_told(path: pathlib.Path) -> Iterator[None]:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that of a disk without space."""
+    """Whether an error, or its cause, is a disk without space."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             return True
@@ -100,7 +100,7 @@ def whole_tracebacks() -> Iterator[None]:
 
 
 def _failing_call(error: Exception) -> tuple[keras.Layer, list[keras.Layer], str] | None:
-    """The innermost layer whose `call` an error came from, those around it, and the place in the code."""
+    """The innermost layer whose `call` raised an error, the layers around it, and the line of code."""
     calls = []
     for frame, line in traceback.walk_tb(error.__traceback__):
         layer = frame.f_locals.get("self")

@@ -25,7 +25,7 @@ def schema() -> Any:
 
 
 def make(kind: str, **fields: Any) -> Any:
-    """A new object of a kind of the schema, such as `"Tensor"`."""
+    """A new object of a class of the schema, such as `"Tensor"`."""
     made = getattr(schema(), f"{kind}T")()
     for name, value in fields.items():
         setattr(made, name, value)
@@ -33,7 +33,7 @@ def make(kind: str, **fields: Any) -> Any:
 
 
 def parse(data: bytes) -> Any:
-    """A file's contents, in the classes that TensorFlow generates from the schema."""
+    """The contents of a file, in the classes that TensorFlow generates from the schema."""
     model = schema().ModelT.InitFromPackedBuf(data, 0)
     for graph in model.subgraphs:
         for part in ("inputs", "outputs", "operators", "tensors"):
@@ -44,13 +44,13 @@ def parse(data: bytes) -> Any:
 
 
 def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
-    """The bytes and the contents of a file that somebody names.
+    """Read the bytes and the contents of a file.
 
-    The runtime itself may crash on a file that was cut off.
+    The runtime itself may crash on a file that is cut off.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not a whole `.tflite` model.
+        ValueError: if it is not a complete `.tflite` model.
         ImportError: if TensorFlow is missing.
     """
     data = path.read_bytes()
@@ -67,7 +67,7 @@ def read(path: pathlib.Path, argument: str) -> tuple[bytes, Any]:
 
 
 def damaged(path: pathlib.Path, argument: str, error: Exception) -> ValueError:
-    """The error of a file that begins like a `.tflite` model and is none, found in whatever part was read."""
+    """The error for a file that begins like a `.tflite` model and is damaged."""
     return ValueError(
         f"Argument `{argument}` must be a whole `.tflite` model. It begins like one, but is damaged: copy or export "
         f"it again. Received: {argument}={str(path)!r}."
@@ -75,7 +75,7 @@ def damaged(path: pathlib.Path, argument: str, error: Exception) -> ValueError:
 
 
 def pack(model: Any) -> bytes:
-    """The way back: a file."""
+    """The bytes of a file, from its contents."""
     import flatbuffers
 
     for buffer in model.buffers:
@@ -87,7 +87,7 @@ def pack(model: Any) -> bytes:
 
 
 def _pack_buffer(buffer: Any, builder: Any) -> int:
-    """Write a buffer at a multiple of 16 bytes, as the schema demands and the generated code does not."""
+    """Write a buffer at a multiple of 16 bytes, which the schema demands and the generated code does not do."""
     generated = schema()
     data = None
     if buffer.data is not None and len(buffer.data):
@@ -103,14 +103,14 @@ def _pack_buffer(buffer: Any, builder: Any) -> int:
 
 
 def dtype_of(tensor: Any) -> type | None:
-    """The numpy type of a tensor's values; `None` for what no weights have."""
+    """The NumPy type of the values of a tensor; `None` for a type that no weights have."""
     types = schema().TensorType
     known = {types.FLOAT32: np.float32, types.FLOAT16: np.float16, types.INT8: np.int8, types.INT16: np.int16}
     return known.get(tensor.type)
 
 
 def tensor_values(model: Any, tensor: Any) -> np.ndarray | None:
-    """The values of a constant tensor of rank two or more that is stored in full, in its shape; `None` for any other."""
+    """The values of a constant tensor of rank two or more that is stored in full; `None` for any other tensor."""
     dtype = dtype_of(tensor)
     data = model.buffers[tensor.buffer].data
     if dtype is None or tensor.shape is None or len(tensor.shape) < 2 or data is None or tensor.sparsity is not None:
@@ -120,12 +120,12 @@ def tensor_values(model: Any, tensor: Any) -> np.ndarray | None:
 
 
 def first_name(tensor: Any) -> str:
-    """A fused operation has the names of all it was made of; the first is enough to find it."""
+    """The first name of a tensor. A fused operation has the names of all operations that it was made of."""
     return tensor.name.decode().split(";")[0] if tensor.name else "?"
 
 
 def operator_name(model: Any, operator: Any) -> str:
-    """The schema's name of an operation, such as `"CONV_2D"`."""
+    """The name of an operation in the schema, such as `"CONV_2D"`."""
     return _operator_names()[operator_code(model.operatorCodes[operator.opcodeIndex])]
 
 
@@ -136,13 +136,13 @@ def _operator_names() -> dict[int, str]:
 
 
 def operator_code(code: Any) -> int:
-    """The number of an operation in a model's table of them."""
+    """The number of an operation in the schema."""
     # Files of old converters fill the deprecated field alone.
     return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
 def operator_index(model: Any, number: int, version: int) -> int:
-    """Where an operation stands in a model's table of them; it is added if it is missing."""
+    """The index of an operation in the table of a model, to which it is added if it is missing."""
     for index, code in enumerate(model.operatorCodes):
         if (operator_code(code), code.version) == (number, version):
             return index
@@ -152,14 +152,14 @@ def operator_index(model: Any, number: int, version: int) -> int:
 
 
 def add_metadata(model: Any, metadata: dict) -> None:
-    """Put JSON into a model."""
+    """Add JSON to a model."""
     model.buffers.append(make("Buffer", data=np.frombuffer(json.dumps(metadata).encode(), np.uint8)))
     entry = make("Metadata", name=METADATA, buffer=len(model.buffers) - 1)
     model.metadata = [*(model.metadata or []), entry]
 
 
 def read_metadata(data: bytes) -> dict | None:
-    """What `keras_renorm` wrote into a file; `None` if it did not make it."""
+    """The metadata that `keras_renorm` wrote into a file; `None` if there are none."""
     model = parse(data)
     for entry in model.metadata or []:
         if entry.name and entry.name.decode() == METADATA:
@@ -171,10 +171,10 @@ def weight_tensors(data: bytes) -> tuple[TensorReport, ...]:
     """The constant numeric tensors of rank two or more in a `.tflite` file, each once.
 
     Args:
-        data: the file's bytes.
+        data: the bytes of the file.
 
     Returns:
-        One report a tensor, in the order of the file.
+        A report for each tensor, in the order of the file.
     """
     model = parse(data)
     reports, seen = [], set()
@@ -212,7 +212,7 @@ def numbers(model: Any, tensor: Any) -> list[int]:
 
 
 def _index_bytes(sparsity) -> int:
-    """Bytes of the segments and indices of a tensor that is stored sparse."""
+    """The bytes of the segments and indices of a sparse tensor."""
     if sparsity is None:
         return 0
     vectors = [vector for axis in sparsity.dimMetadata for vector in (axis.arraySegments, axis.arrayIndices)]

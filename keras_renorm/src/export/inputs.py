@@ -15,7 +15,7 @@ FREE_SIDES = (32, 8, 64, 128, 256, 512)
 
 
 def input_names(model: keras.Model) -> list[str]:
-    """The model's name of each input."""
+    """The name of each input of the model."""
     return [tensor.name for tensor in keras.tree.flatten(getattr(model, "inputs", None) or [])]
 
 
@@ -30,9 +30,12 @@ def _specs(model: keras.Model) -> list:
 
 
 def as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]:
-    """Arrays in the order of the model's inputs, checked against their shapes.
+    """Arrays in the order of the inputs of a model, with checked shapes.
 
-    `data` is an array, a list of them, a dict by the names of the inputs, or the structure that the model takes.
+    Args:
+        model: the model.
+        data: an array, a list of arrays, a dict by the names of the inputs, or the structure that the model takes.
+        argument: name of the argument in error messages.
     """
     specs = _specs(model)
     if _is_structured(model, data):
@@ -82,7 +85,7 @@ def as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]:
 
 
 def _is_structured(model: keras.Model, data: Any) -> bool:
-    """Whether samples are nested as the inputs of a model are."""
+    """Whether samples have the nested structure of the inputs of a model."""
     structure = inputs_structure(model)
     if not keras.tree.is_nested(structure):
         return False
@@ -94,18 +97,18 @@ def _is_structured(model: keras.Model, data: Any) -> bool:
 
 
 def _as_strings(array: np.ndarray) -> np.ndarray:
-    """Strings as the bytes that TensorFlow and the runtime take."""
+    """Strings as bytes, which TensorFlow and the runtime take."""
     encoded = [one if isinstance(one, bytes) else str(one).encode() for one in array.ravel().tolist()]
     return np.array(encoded, object).reshape(array.shape)
 
 
 def fixed_batch_of(model: keras.Model) -> int | None:
-    """How many samples a model takes at once; `None` if any number."""
+    """The fixed batch size of a model; `None` if it takes any."""
     return next((spec.shape[0] for spec in _specs(model) if spec.shape[0]), None)
 
 
 def range_notes(model: keras.Model, representative: list[np.ndarray], inputs: list[np.ndarray]) -> list[str]:
-    """What to tell of inputs that integers cannot stand for."""
+    """Notes on inputs outside of the range of the representative data."""
     notes = []
     for spec, seen, given in zip(_specs(model), representative, inputs):
         if spec.dtype == "string":
@@ -126,16 +129,16 @@ def has_free_sides(model: keras.Model) -> bool:
 
 
 def in_half(layer: keras.Layer) -> bool:
-    """Whether a layer computes with floats of another width than 32 bits."""
+    """Whether a layer computes with floats that are not 32 bits wide."""
     return keras.backend.is_float_dtype(layer.compute_dtype) and layer.compute_dtype != "float32"
 
 
 def random_inputs(model: keras.Model, side: int = FREE_SIDES[0]) -> list[np.ndarray]:
-    """A few samples for a model that nothing is known of but the shapes and types of its inputs.
+    """A few random samples for a model.
 
     Args:
         model: the model.
-        side: how long sides of any length are.
+        side: length of free sides.
     """
     generator = np.random.default_rng(0)
     inputs = []
@@ -151,7 +154,7 @@ def random_inputs(model: keras.Model, side: int = FREE_SIDES[0]) -> list[np.ndar
 
 
 def answer(model: keras.Model, inputs: list[np.ndarray]) -> Any:
-    """What a model answers for one batch, given as flat inputs."""
+    """The outputs of a model for one batch of flat inputs."""
     fed = [keras.ops.convert_to_tensor(array, "string") if array.dtype == object else array for array in inputs]
     return model.predict_on_batch(structured(model, fed))
 

@@ -1,7 +1,7 @@
-"""Dense layers in parts that are narrow enough for places of one byte.
+"""Dense layers in parts that are narrow enough for indices of one byte.
 
-A tensor that is stored sparse has a number for the place of each weight, which takes one byte along an axis of at most 256. So
-a layer with more inputs and more units is written as several of 256 units each, whose outputs are put side by side.
+A sparse tensor stores an index for each weight, which takes one byte along an axis of at most 256. So a layer with more inputs
+and more units is written as several layers of 256 units each, whose outputs are concatenated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ _STORED = {None: "float32", "float16": "float16", "int8": "int8"}
 
 
 def narrow_layers(model: keras.Model, quantize: str | None, smallest: bool) -> tuple[keras.Model, list[str]]:
-    """The model with sparse Dense layers in parts where that makes a file smaller, and notes; itself if it does not.
+    """Split sparse Dense layers into parts if that makes the file smaller.
 
     Args:
-        model: a model of plain Keras layers; it stays as it is.
+        model: a model of plain Keras layers, which is not changed.
         quantize: as in `keras_renorm.export_tflite`.
-        smallest: likewise.
+        smallest: as in `keras_renorm.export_tflite`.
+
+    Returns:
+        The model, which is the same if nothing was split, and notes.
     """
     if functional_of(model) is None or (quantize == "int8" and not smallest):
         return model, []
@@ -44,7 +47,7 @@ def narrow_layers(model: keras.Model, quantize: str | None, smallest: bool) -> t
 
 
 def _pays(values: np.ndarray) -> bool:
-    """Whether a kernel takes fewer bytes in parts; it is given by its mask, in the type of its values, units first."""
+    """Whether a kernel takes fewer bytes in parts. It is given by its mask, in the type of its values, units first."""
     if min(values.shape) <= _WIDTH:
         return False
     layout = choose_layout(values, BLOCKS.get(values.dtype.name))

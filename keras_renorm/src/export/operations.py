@@ -20,7 +20,7 @@ _UNARY = frozenset(
 
 
 class Constants:
-    """Which tensors of a graph are constant, directly or after they were unpacked."""
+    """Which tensors of a graph are constant, directly or after unpacking."""
 
     def __init__(self, model: Any, graph: Any):
         self._model, self._graph = model, graph
@@ -44,26 +44,26 @@ class Constants:
 
 
 def inputs_of(operator: Any) -> list[int]:
-    """The tensors that an operation takes; -1 for one left out."""
+    """The tensors that an operation takes; -1 for an omitted one."""
     return [int(index) for index in (operator.inputs if operator.inputs is not None else ())]
 
 
 def outputs_of(operator: Any) -> list[int]:
-    """The tensors that an operation makes; none where it only assigns a state."""
+    """The tensors that an operation makes; none if it only assigns a state."""
     return [int(index) for index in (operator.outputs if operator.outputs is not None else ())]
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
-    """A tensor's shape; empty if it has none."""
+    """The shape of a tensor; empty if it has none."""
     return tuple(int(side) for side in (tensor.shape if tensor.shape is not None else ()))
 
 
 def layer_name(tensors: list, layers: frozenset[str]) -> str:
-    """The layer that tensors of an operation belong to: a fused one has the names of all that it was made of.
+    """The layer of the tensors of an operation. A fused operation has the names of all operations that it was made of.
 
     Args:
         tensors: the tensors.
-        layers: names of layers of the Keras model, if they are known.
+        layers: names of the layers of the Keras model, if they are known.
     """
     names = [name for tensor in tensors for name in (tensor.name or b"").decode().split(";")]
     if known := next(filter(None, (layer_of(name, layers) for name in names)), None):
@@ -75,7 +75,7 @@ def layer_name(tensors: list, layers: frozenset[str]) -> str:
 
 
 def nodes_of(model: Any, layers: frozenset[str]) -> list[xnnpack.Node]:
-    """The operations of a model's main graph; `layers` are names of layers of the Keras model, if they are known."""
+    """The operations of the main graph of a model; `layers` are names of the layers of the Keras model, if they are known."""
     graph = model.subgraphs[0]
     constants = Constants(model, graph)
     readers = collections.Counter(index for operator in graph.operators for index in inputs_of(operator))
@@ -145,9 +145,10 @@ def _convolution(model, kind, options, weights, padding, channels, ends) -> xnnp
 
 
 def with_written_margins(data: bytes) -> bytes:
-    """A file in which padding "same" with strides is written down where it comes to equal margins on all sides.
+    """Write padding "same" with strides as explicit margins, where the margins are equal on all sides.
 
-    Only if XNNPACK's sparse path then holds (given zeros enough) that did not before; else the file as it was.
+    It is done only if XNNPACK's sparse path holds with it (given enough zeros) and does not without; otherwise the file is
+    returned as it is.
     """
     model = flatbuffer.parse(data)
     if not _has_path(model):
@@ -167,11 +168,11 @@ def has_loops(data: bytes) -> bool:
 
 
 def foreign_operations(data: bytes, layers: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Operations of a file that are not TFLite's own but TensorFlow's ("Flex"), and the layers that they are of.
+    """The operations of a file that are not TFLite's but TensorFlow's ("Flex"), and their layers.
 
     Args:
         data: the file.
-        layers: names of layers of the Keras model.
+        layers: names of the layers of the Keras model.
     """
     model = flatbuffer.parse(data)
     found: dict[str, str] = {}

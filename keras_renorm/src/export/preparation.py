@@ -1,4 +1,4 @@
-"""Keras models as the converter and the runtime can take them: the same function, written otherwise."""
+"""Changes to Keras models that the converter and the runtime need. The function of the model is the same."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from keras_renorm.src.pruning.conversion import rebuilt_layer
 def prepare(
     model: keras.Model, quantize: str | None, unroll: bool, smallest: bool, sparse: bool = True
 ) -> tuple[keras.Model, list[str]]:
-    """The model, changed where TFLite could not take it or would store it with more bytes, and notes on what was changed.
+    """Change a model where TFLite cannot take it, or would store it with more bytes.
 
     Args:
-        model: a model of plain Keras layers; it stays as it is.
+        model: a model of plain Keras layers, which is not changed.
         quantize: as in `keras_renorm.export_tflite`.
         unroll: whether recurrent layers over a fixed number of steps are written without a loop.
         smallest: as in `keras_renorm.export_tflite`.
         sparse: whether tensors are stored without their zeros.
+
+    Returns:
+        The model, and notes on the changes.
     """
     notes = []
     if any(map(in_half, flatten_layers(model))):
@@ -44,7 +47,7 @@ def prepare(
 
 
 def flattened(model: keras.Model) -> tuple[keras.Model, list[str]]:
-    """The model with its outputs in a list where they are nested, which a `.tflite` file cannot hold, and notes.
+    """The model with a list of outputs in place of nested outputs, which a `.tflite` file cannot hold, and notes.
 
     It shares its layers with the model that is passed in.
     """
@@ -58,13 +61,13 @@ def flattened(model: keras.Model) -> tuple[keras.Model, list[str]]:
 
 
 def _paths(structure: Any) -> list[str]:
-    """Where each of the outputs is in a structure, such as `['y'][0]`."""
+    """The path of each output in a structure, such as `['y'][0]`."""
     paths = keras.tree.flatten_with_path(structure)
     return ["".join(f"[{key!r}]" for key in path) for path, _ in paths]
 
 
 def _in_float32(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
-    """The layer with float32 as its policy, and as that of the layers in it; `None` if it computes in it already."""
+    """The layer with the policy float32, also for its inner layers; `None` if it computes in float32 already."""
     if isinstance(layer, keras.Model) or not any(map(in_half, flatten_layers(layer))):
         return None
     return rebuilt_layer(copier, layer, _with_changes(layer, lambda key, value: "float32" if _is_policy(value) else value))
@@ -75,21 +78,21 @@ def _is_policy(value: Any) -> bool:
 
 
 def _unrolled(layer: keras.Layer, copier: Copier) -> keras.Layer | None:
-    """The layer, with recurrent layers in it, over a fixed number of steps without a loop; `None` if there is nothing to do."""
+    """The layer with its recurrent layers unrolled over a fixed number of steps; `None` if there is nothing to unroll."""
     if isinstance(layer, keras.Model) or not _loops(layer):
         return None
     return rebuilt_layer(copier, layer, _with_changes(layer, lambda key, value: True if key == "unroll" else value))
 
 
 def _loops(layer: keras.Layer) -> bool:
-    """Whether recurrent layers in it loop over a number of steps that is fixed."""
+    """Whether inner recurrent layers loop over a fixed number of steps."""
     loops = [part for part in flatten_layers(layer) if getattr(part, "unroll", None) is False]
     steps = [build_shapes(part).get("input_shape", build_shapes(part).get("sequences_shape")) for part in loops]
     return bool(loops) and not any(shape is None or shape[1] is None for shape in steps)
 
 
 def _with_changes(layer: keras.Layer, change: Callable[[str, Any], Any]) -> keras.Layer:
-    """A layer with other values in its config, and in the configs within it."""
+    """A layer with other values in its config, and in the configs inside it."""
 
     def replace(key, value):
         changed = change(key, value)

@@ -1,4 +1,4 @@
-"""Puts other layers into the place of some of a model's."""
+"""Replaces some layers of a model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from keras_renorm.src.models.graph import Graph, rebuild_model
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What comes into the place of a call with one input: layers and their weights.
+    """The replacement of a call with one input: layers and their weights.
 
-    They are called one after the other, or, if `abreast`, all with the same input, and their outputs put side by side.
+    The layers are called one after the other or, if `abreast`, all with the same input, and their outputs are concatenated.
     """
 
     layers: list[tuple[keras.Layer, list[np.ndarray]]]
@@ -55,5 +55,5 @@ def rebuild_with(model: keras.Model, graph: Graph, changes: dict[int, Change]) -
 
 
 def values_of(operation: Any) -> list[np.ndarray]:
-    """The values of an operation's variables; none if it is no layer."""
+    """The values of the variables of an operation; none if it is not a layer."""
     return [ops.convert_to_numpy(variable) for variable in getattr(operation, "variables", ())]

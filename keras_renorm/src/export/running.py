@@ -1,4 +1,4 @@
-"""Files that the runtime runs: conversion and sparse storage, each tried in the runtime."""
+"""Files that the runtime can run: conversion and sparse storage, each tried in the runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keras_renorm.src.export.verification import Reference
 
 
 def reference_of(model: keras.Model, samples: list[np.ndarray] | None, representative: list[np.ndarray] | None) -> Reference:
-    """What a model answers on samples, or else on the first of its representative data, or on random inputs."""
+    """The outputs of a model on samples, else on the first of its representative data, else on random inputs."""
     batch = fixed_batch_of(model)
     if samples is not None:
         return Reference(model, [array[:batch] for array in samples])
@@ -41,7 +41,11 @@ def convert_to_run(
     reference: Reference,
     integer_io: bool,
 ) -> tuple[float, list[str]]:
-    """Write a file that the runtime runs: how far it is from the Keras model, and notes."""
+    """Write a file that the runtime can run.
+
+    Returns:
+        The largest difference from the outputs of the Keras model, and notes.
+    """
     several = fixed_batch_of(model)
     fixed_batch = several is not None
     notes = [] if several in (None, 1) else [f"Takes {several} samples at a time, as the model does."]
@@ -76,7 +80,7 @@ def convert_to_run(
 
 
 def _compare(model: keras.Model, path: pathlib.Path, reference: Reference) -> float:
-    """How far a converted file is from the Keras model, in a runtime that may not run it."""
+    """The difference between the outputs of a converted file and of the Keras model."""
     try:
         return reference.difference(path)
     except (RuntimeError, ValueError) as error:
@@ -90,16 +94,19 @@ def _compare(model: keras.Model, path: pathlib.Path, reference: Reference) -> fl
 def store_to_run(
     file: Storage, candidates: tuple, path: pathlib.Path, metadata: dict, reference: Reference, difference: float
 ) -> tuple[list, float, list[str]]:
-    """Write a file with as many of its tensors sparse as the runtime runs: these, how far it is from the Keras model, and what
-    went wrong with others.
+    """Write a file with as many sparse tensors as the runtime can run.
 
     Args:
-        file: what can be stored sparse.
+        file: the tensors that can be stored sparse.
         candidates: the tensors to store sparse.
-        path: where to write.
-        metadata: what the file is to say.
-        reference: the Keras model's answers.
-        difference: how far the file with every tensor in full is from them.
+        path: path of the file.
+        metadata: metadata of the file.
+        reference: the outputs of the Keras model.
+        difference: the difference of the file with every tensor in full from these outputs.
+
+    Returns:
+        The tensors that are stored sparse, the difference from the outputs of the Keras model, and the errors of other
+        attempts.
     """
     errors: list[str] = []
     distances: list[float] = []

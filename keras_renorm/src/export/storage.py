@@ -1,9 +1,9 @@
 """Stores weight tensors of a `.tflite` file without their zeros.
 
-TFLite reads a tensor that is stored sparse in two ways: its fully connected kernels read a few block formats themselves and
-skip the zeros, and for everything else an operation DENSIFY in front unpacks the tensor once, when the model is loaded.
-TensorFlow Lite for Microcontrollers reads none, and takes what is stored for the values of the whole tensor: it has no DENSIFY,
-so a file with that operation in it is refused there instead of computing nonsense.
+TFLite reads a sparse tensor in two ways. Its fully connected kernels read a few block formats directly and skip the zeros. For
+everything else an operation DENSIFY unpacks the tensor once, when the model is loaded. TensorFlow Lite for Microcontrollers
+cannot read sparse tensors, and would take the stored values for those of the whole tensor. It has no DENSIFY, so it refuses a
+file with that operation instead of computing wrong values.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Layout:
     """How the zeros of a tensor are left out.
 
     Args:
-        order: the axes from the outermost to the innermost; along the innermost only what is not zero is stored.
-        block: how many neighbours along it are stored or left out together.
-        direct: whether the runtime's kernel reads it as it is, without DENSIFY.
+        order: the axes from the outermost to the innermost. Along the innermost only nonzero blocks are stored.
+        block: number of neighbors along it that are stored or left out together.
+        direct: whether the kernel of the runtime reads it without DENSIFY.
     """
 
     order: tuple[int, ...]
@@ -46,8 +46,9 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """The values that are stored, and where they belong along the innermost axis: blocks `segments[i]` to `segments[i + 1]` of
-    the i-th row are at `indices`."""
+    """The stored values and their places along the innermost axis: blocks `segments[i]` to `segments[i + 1]` of row i are at
+    `indices`.
+    """
 
     values: np.ndarray
     segments: np.ndarray
@@ -75,11 +76,11 @@ def encode(values: np.ndarray, layout: Layout) -> Encoded:
 
 
 def choose_layout(values: np.ndarray, block: int | None = None) -> Layout | None:
-    """The smallest layout of an array, or that of blocks which the runtime reads directly if it is hardly larger.
+    """Choose the smallest layout of an array, or the layout of blocks that the runtime reads directly if it is hardly larger.
 
     Args:
         values: the array.
-        block: length of those blocks, if there are any for it.
+        block: length of such blocks, if the runtime has any for it.
 
     Returns:
         A `Layout`; `None` if storing the array in full is as good.
@@ -103,7 +104,7 @@ def _rows(values: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def encoded_bytes(values: np.ndarray, layout: Layout) -> int:
-    """How many bytes `encode` makes."""
+    """The number of bytes that `encode` makes."""
     innermost = values.shape[layout.order[-1]] // layout.block
     rows = values.size // (innermost * layout.block)
     # Single weights are as many in any order.
@@ -120,13 +121,15 @@ class Storage:
     """A `.tflite` file whose tensors can be stored sparse one by one.
 
     Args:
-        data: the file's bytes, every tensor stored in full.
-        smallest: whether integers are stored sparse where that makes the file smaller and the layer slower.
+        data: bytes of the file, with every tensor stored in full.
+        smallest: whether integers are stored sparse even if that makes the layer slower.
 
     Attributes:
         candidates: tuple of the tensors, as `(subgraph, tensor)`, that take fewer bytes without their zeros.
-        slower: tuple of those that would, too, but are stored in full because the runtime is slower without their zeros.
-        fails: likewise, because it fails (integers of other layers than fully connected ones).
+        slower: tuple of tensors that would take fewer bytes, but are stored in full because the runtime is slower without their
+            zeros.
+        fails: tuple of tensors that would take fewer bytes, but are stored in full because the runtime fails (integers of
+            layers that are not fully connected).
     """
 
     def __init__(self, data: bytes, smallest: bool = False):
@@ -157,7 +160,7 @@ class Storage:
         return flatbuffer.pack(model)
 
     def estimated_bytes(self, dtype: str, sparse: bool) -> int:
-        """About how many bytes the file takes with weights of another type, such as `"float16"`, sparse or in full."""
+        """The estimated size of the file with weights of another type, such as `"float16"`, sparse or in full."""
         total = len(self._data)
         for _, values, fully_connected in _weights_alone(flatbuffer.parse(self._data)):
             mask = (values != 0).astype(dtype)
@@ -198,7 +201,7 @@ def _layout_for(values: np.ndarray, fully_connected: bool) -> Layout | None:
 
 
 def _weights_alone(model: Any):
-    """The weights that can be stored otherwise: their place, values, and whether fully connected layers alone read them."""
+    """The weights that can be stored sparse: their place, their values, and whether only fully connected layers read them."""
     uses = collections.Counter(tensor.buffer for graph in model.subgraphs for tensor in graph.tensors)
     for place, tensor, consumers in _weights(model):
         values = flatbuffer.tensor_values(model, tensor)
@@ -207,8 +210,10 @@ def _weights_alone(model: Any):
 
 
 def _weights(model: Any):
-    """Constant tensors of rank two or more: their place, themselves, and the names of the operations that take them as
-    weights; other inputs count as an operation of their own."""
+    """Constant tensors of rank two or more: their place, the tensor, and the names of the operations that take them as weights.
+
+    An operation that takes the tensor as another input counts as an operation of its own.
+    """
     for g, graph in enumerate(model.subgraphs):
         consumers: dict[int, set[str]] = {}
         for operator in graph.operators:
@@ -233,7 +238,7 @@ def _store(model: Any, place: tuple[int, int], layout: Layout) -> None:
 
 
 def _guard(model: Any) -> None:
-    """Unpack a tensor that nothing reads, so that a runtime without sparse tensors refuses the file."""
+    """Add a sparse tensor that nothing reads and unpack it, so that a runtime without sparse tensors refuses the file."""
     graph, values, layout = model.subgraphs[0], np.ones(1, np.float32), Layout((0,))
     encoded = encode(values, layout)
     model.buffers.append(flatbuffer.make("Buffer", data=np.frombuffer(encoded.values.tobytes(), np.uint8)))
@@ -280,7 +285,7 @@ def _sparsity(tensor: Any, layout: Layout, encoded: Encoded) -> Any:
 
 
 def _unpack_before_use(model: Any, graph: Any, index: int) -> None:
-    """Put DENSIFY between a tensor and all that read it."""
+    """Insert DENSIFY between a tensor and everything that reads it."""
     schema = flatbuffer.schema()
     sparse = graph.tensors[index]
     fields = ("shape", "shapeSignature", "hasRank", "type", "quantization")

@@ -20,18 +20,18 @@ _TOLERANCE = {None: 1e-2, "float16": 5e-2, "int8": np.inf}
 
 
 class Reference:
-    """What a Keras model answers, to compare files with.
+    """The outputs of a Keras model, to compare files with.
 
     Args:
         model: the model.
-        inputs: samples, one array an input.
+        inputs: samples, one array for each input.
 
     Attributes:
         range: the largest absolute output.
 
     Raises:
-        ValueError: if the model answers with NaN or infinity.
-        RuntimeError: if it does not answer.
+        ValueError: if outputs are NaN or infinite.
+        RuntimeError: if the model cannot run.
     """
 
     def __init__(self, model: keras.Model, inputs: list[np.ndarray]):
@@ -55,36 +55,36 @@ class Reference:
             )
 
     def tolerance(self, quantize: str | None) -> float:
-        """The difference from which on something must be wrong."""
+        """The difference above which something must be wrong."""
         kinds = [quantize, *(["float16"] if self._in_half else [])]
         share = max(_TOLERANCE[kind] for kind in kinds)
         # Integers may be off by any number, but NaN is none: it counts as an infinite difference.
         return share * self.range if share < np.inf else np.finfo(float).max
 
     def difference(self, path: pathlib.Path) -> float:
-        """The largest absolute difference of a file's outputs."""
+        """The largest absolute difference between the outputs and those of a file."""
         return largest_difference(self._expected, run(path, self._inputs, self._names, keys=self._keys))
 
     def run_first(self, path: pathlib.Path) -> None:
-        """Run a file that takes any number of samples with one, as a phone does.
+        """Run a file for any number of samples with one sample, as a phone does.
 
         Raises:
-            RuntimeError: if the runtime cannot, which it may for one sample alone.
+            RuntimeError: if the runtime cannot run it, which may happen for one sample only.
         """
         run(path, [array[:1] for array in self._inputs], self._names, keys=self._keys)
 
 
 def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bool = False) -> list[np.ndarray]:
-    """Run a `.tflite` file with LiteRT, or with TensorFlow's interpreter where LiteRT is not installed.
+    """Run a `.tflite` file with LiteRT, or with the interpreter of TensorFlow if LiteRT is not installed.
 
     Args:
         path: the file.
         inputs: arrays with a batch axis.
-        names: the Keras model's name of each input.
-        keys: whether the Keras model answers with a dict.
+        names: the names of the inputs of the Keras model.
+        keys: whether the outputs of the Keras model are a dict.
 
     Returns:
-        The outputs, in the order of `keras.tree.flatten` of the model's outputs.
+        The outputs, in the order of `keras.tree.flatten` of the outputs of the model.
 
     Raises:
         RuntimeError: if the runtime cannot load or run the file.
@@ -100,7 +100,7 @@ def run(path: pathlib.Path, inputs: list[np.ndarray], names: list[str], keys: bo
 
 @contextlib.contextmanager
 def _states_kept(model: keras.Model) -> Iterator[None]:
-    """Let stateful layers of a model remember afterwards what they remembered before."""
+    """Restore the states of stateful layers of a model afterwards."""
     layers = [layer for layer in flatten_layers(model) if getattr(layer, "stateful", False)]
     variables = keras.tree.flatten([getattr(layer, "states", None) or [] for layer in layers])
     values = [np.array(variable) for variable in variables]
@@ -112,15 +112,15 @@ def _states_kept(model: keras.Model) -> Iterator[None]:
 
 
 class Runner:
-    """A `.tflite` file that answers batches.
+    """A loaded `.tflite` file that is called with batches.
 
-    Integers that stand for floats are given and answered as floats.
+    Quantized integers are passed and returned as floats.
 
     Args:
         path: the file.
 
     Attributes:
-        inputs: what the runtime tells of each input, by its name; `dtype` is what it is given.
+        inputs: the details of each input in the runtime, by its name. `dtype` is the type to pass.
 
     Raises:
         RuntimeError: if the runtime cannot load the file, or its inputs have no names.
@@ -156,7 +156,7 @@ class Runner:
 
 
 def _scale(detail: dict) -> tuple[float, int] | None:
-    """Of integers that stand for floats: what one is worth, and the one that stands for zero."""
+    """The scale and the zero point of quantized integers."""
     scale, zero = detail["quantization"]
     return (float(scale), int(zero)) if scale and np.issubdtype(detail["dtype"], np.integer) else None
 
@@ -195,7 +195,7 @@ def load(path: pathlib.Path, threads: int | None = None) -> Any:
 
 
 def largest_difference(expected: list[np.ndarray], received: list[np.ndarray]) -> float:
-    """The largest absolute difference of two lists of arrays; infinite if shapes or strings differ, or a value is NaN."""
+    """The largest absolute difference between two lists of arrays; infinite if shapes or strings differ, or a value is NaN."""
     if [value.shape for value in expected] != [value.shape for value in received]:
         return float("inf")
     differences = [_difference(one, other) for one, other in zip(expected, received)]

@@ -1,6 +1,6 @@
-"""Layers seen as matrix products: `targets = rows @ matrix + bias`, for each group of units that share their inputs.
+"""Layers as matrix products: `targets = rows @ matrix + bias`, for each group of units that share their inputs.
 
-A convolution's rows are its patches. What a layer kind needs to be calibrated is one function here and one row of `_VIEWS`.
+The rows of a convolution are its patches. To be calibrated, a kind of layer needs one function here and one row of `_VIEWS`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ L = keras.layers
 
 @dataclasses.dataclass(frozen=True)
 class LinearView:
-    """How the inputs, the outputs and the kernel of a layer become those of a matrix product.
+    """The inputs, the outputs and the kernel of a layer as those of a matrix product.
 
     Args:
-        rows: tensor of the layer's inputs -> tensor of shape `(groups, rows, inputs)`.
-        targets: tensor of its outputs before the activation -> tensor of shape `(groups, rows, units)`.
-        split: shape that the kernel is given first (a grouped convolution's filters fall apart into groups and filters).
+        rows: maps the inputs of the layer to a tensor of shape `(groups, rows, inputs)`.
+        targets: maps the outputs of the layer before its activation to a tensor of shape `(groups, rows, units)`.
+        split: shape that the kernel is first reshaped to (the filters of a grouped convolution are split into groups and
+            filters).
         axes: the axes of that shape that are groups, inputs and units.
     """
 
@@ -35,15 +36,15 @@ class LinearView:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """How many groups there are, inputs in each, and units in each."""
+        """The numbers of groups, of inputs in each, and of units in each."""
         return tuple(math.prod(self.split[axis] for axis in part) for part in self.axes)
 
     def to_matrix(self, kernel: np.ndarray) -> np.ndarray:
-        """Array shaped like the kernel -> array of shape `(groups, inputs, units)`."""
+        """From an array of the shape of the kernel to an array of shape `(groups, inputs, units)`."""
         return kernel.reshape(self.split).transpose(sum(self.axes, ())).reshape(self.sizes)
 
     def to_kernel(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The way back."""
+        """From an array of shape `(groups, inputs, units)` to an array of the shape of the kernel."""
         order = sum(self.axes, ())
         moved = matrix.reshape([self.split[axis] for axis in order])
         return moved.transpose(np.argsort(order)).reshape(shape)
@@ -70,15 +71,15 @@ def linear_view(layer: keras.Layer) -> LinearView | None:
 
 @dataclasses.dataclass(frozen=True)
 class LinearPart:
-    """A matrix product within a layer: nearly always all of the layer, in a separable convolution one of two.
+    """A matrix product within a layer. Nearly every layer is one matrix product; a separable convolution is two.
 
     Args:
         layer: the layer.
-        kernel: its weights.
-        bias: its bias, `None` if there is none.
-        view: how it is seen as a matrix product.
-        taps: how many weights join an input channel with a unit.
-        feed: from the inputs of the layer to the inputs of this part.
+        kernel: the weights of the product.
+        bias: the bias of the product, or `None`.
+        view: the layer as a matrix product.
+        taps: number of weights that join an input channel with a unit.
+        feed: maps the inputs of the layer to the inputs of this product.
     """
 
     layer: keras.Layer
@@ -90,9 +91,9 @@ class LinearPart:
 
 
 def linear_parts(layer: keras.Layer) -> list[LinearPart]:
-    """The matrix products in a built layer (not in layers inside it), in the order in which they are computed.
+    """The matrix products of a built layer (not of layers inside it), in the order in which they are computed.
 
-    Empty if the layer is not known to be made of them.
+    The list is empty if the layer is not known to consist of matrix products.
     """
     if isinstance(layer, (L.SeparableConv1D, L.SeparableConv2D)) and layer.built:
         return _separable_convolution(layer)
@@ -148,7 +149,7 @@ def _to_channels_last(tensor, layer):
 
 
 def _patches(layer, inputs):
-    """Tensor `(samples, *output positions, taps, channels)` of what each position of a convolution reads."""
+    """Tensor `(samples, *output positions, taps, channels)` of the patch of each position of a convolution."""
     inputs = _to_channels_last(inputs, layer)
     padding, starts, counts = [(0, 0)], [], []
     for size, taps, stride, dilation in zip(inputs.shape[1:-1], layer.kernel_size, layer.strides, layer.dilation_rate):

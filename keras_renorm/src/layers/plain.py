@@ -1,8 +1,10 @@
+"""The mix-in of prunable layers that replace one Keras layer."""
+
 from __future__ import annotations
 
 
 class PlainSubclass:
-    """Mix-in for masked layers that extend one Keras layer, `plain_class`, with a single kernel."""
+    """Mix-in for prunable layers that extend one Keras layer, `plain_class`, with a single kernel."""
 
     @property
     def mask(self):

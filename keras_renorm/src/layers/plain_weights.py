@@ -1,8 +1,8 @@
-"""Weights of a plain model, taken by the same model with prunable layers.
+"""Loads the weights of a plain model into the same model with prunable layers.
 
-Keras compares `set_weights` with the number of `weights`, and finds the variables of a layer in a file by the name of its
-class. Neither asks the layers of a model whose own class is Keras', so the two are extended here. What Keras could do without
-it stays as it is.
+Keras compares the number of arrays for `set_weights` with the number of `weights`, and finds the variables of a layer in a file
+by the name of its class. A layer cannot change either for a model of Keras' own classes, so the two functions are extended
+here. Calls that work without the extension are not changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from keras_renorm.src.layers.wrapper import RenormalizedPruning
 
 @functools.cache
 def accept_plain_weights() -> None:
-    """Let `set_weights` and `load_weights` of every Keras model take plain weights where layers are prunable."""
+    """Let `set_weights` and `load_weights` of every Keras model accept plain weights for prunable layers."""
     keras.Layer.set_weights = _extend_set_weights(keras.Layer.set_weights)
     keras.Model.load_weights = _extend_load_weights(keras.Model.load_weights)
     keras.saving.load_weights = _extend_load_weights(keras.saving.load_weights)
@@ -70,7 +70,7 @@ def _extend_load_weights(keras_load_weights: Callable) -> Callable:
 
 @contextlib.contextmanager
 def _resetting_masks(model: keras.Model) -> Iterator[None]:
-    """Keep all weights of the kernels that get values meanwhile. Keras may leave some as they are, and assigns in many ways."""
+    """Keep all weights of the kernels that are assigned meanwhile. Keras may skip some, and assigns in several ways."""
     kernels = [kernel.variable for layer in prunable_layers(model) for kernel in layer.masked_kernels]
     assigned = []
 
@@ -90,7 +90,7 @@ def _resetting_masks(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seen_as_plain(model: keras.Model) -> Iterator[None]:
-    """Let Keras find, in the place of each prunable layer, what it would find in the plain model."""
+    """Let Keras see the plain counterpart of each prunable layer."""
     layers = [(layer, type(layer)) for layer in flatten_layers(model) if isinstance(layer, PrunableLayer)]
     views = [_wrapped_view(layer) if isinstance(layer, RenormalizedPruning) else _drop_in_view(cls) for layer, cls in layers]
     try:
@@ -103,7 +103,7 @@ def _seen_as_plain(model: keras.Model) -> Iterator[None]:
 
 
 def _drop_in_view(cls: type[PrunableLayer]) -> type[PrunableLayer]:
-    """A class of the plain one's name, whose layers do not show masks, scales and steps."""
+    """A class with the name of the plain class, whose layers hide masks, scales and steps."""
 
     @property
     def weights(self):
@@ -113,14 +113,16 @@ def _drop_in_view(cls: type[PrunableLayer]) -> type[PrunableLayer]:
 
 
 def _wrapped_view(wrapper: RenormalizedPruning) -> type[RenormalizedPruning]:
-    """A class in which a wrapper is the layer in it."""
+    """A class with which a wrapper looks like the layer inside it."""
     inner = wrapper.layer
     methods = {"__getattribute__": lambda self, name: getattr(inner, name), "__dir__": lambda self: dir(inner)}
     return type(type(inner).__name__, (RenormalizedPruning,), methods)
 
 
 def _holds_masks(filepath: str | pathlib.Path) -> bool:
-    """Whether a file holds bool variables, as that of a model with masks does. Also true where Keras must say what is wrong."""
+    """Whether a file holds bool variables, as a file with masks does. Also true for a file of which Keras must say what is
+    wrong.
+    """
     path = pathlib.Path(filepath)
     try:
         if path.suffix == ".keras":

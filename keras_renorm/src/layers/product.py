@@ -1,4 +1,4 @@
-"""The matrix product of a training step on TensorFlow, by which a masked layer costs no more than a plain one."""
+"""The matrix product of a training step on TensorFlow, with which a prunable layer is as fast as a plain one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import tensorflow as tf
 
 
 def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settled: tf.Tensor | None) -> tf.Tensor:
-    """`inputs @ where(mask, kernel, 0)`, without a gradient for what is masked.
+    """`inputs @ where(mask, kernel, 0)`, without a gradient for masked weights.
 
     Args:
-        inputs: of shape `(batch, inputs)` and the dtype of the kernel.
-        kernel: of shape `(inputs, units)`.
-        mask: bool, shaped like the kernel.
-        settled: bool scalar: whether masked values are zero, so that the mask need not be looked at on the way forward; `None`
-            to look at it always.
+        inputs: tensor of shape `(batch, inputs)` and the dtype of the kernel.
+        kernel: tensor of shape `(inputs, units)`.
+        mask: bool tensor of the shape of the kernel.
+        settled: bool scalar: whether masked values are zero, so that the forward pass need not apply the mask; `None` to apply
+            it always.
     """
 
     def masked(values):
@@ -28,11 +28,11 @@ def masked_product(inputs: tf.Tensor, kernel: tf.Tensor, mask: tf.Tensor, settle
 
 
 def masked_rows(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """`where(mask, kernel, 0)` for sparse inputs, which read some rows of the kernel: only these have a gradient.
+    """`where(mask, kernel, 0)` for sparse inputs, which read some rows of the kernel. Only these rows have a gradient.
 
     Args:
-        kernel: of shape `(inputs, units)`.
-        mask: bool, shaped like the kernel.
+        kernel: tensor of shape `(inputs, units)`.
+        mask: bool tensor of the shape of the kernel.
     """
 
     @tf.custom_gradient
@@ -64,10 +64,12 @@ def _product(inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
 
 
 def is_much_larger(batch: int | tf.Tensor, inputs: int, units: int) -> bool | tf.Tensor:
-    """Whether a kernel is so much larger than the batch that `by_transposed` is the faster (`benchmarks/product.py`)."""
+    """Whether a kernel is so much larger than the batch that `by_transposed` is faster (`benchmarks/product.py`)."""
     return 4 * batch <= min(inputs, units)
 
 
 def by_transposed(upstream: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    """`upstream @ kernel.T` for kernels much larger than the batch: TensorFlow takes up to four times as long on processors."""
+    """`upstream @ kernel.T` for kernels much larger than the batch. TensorFlow's own product takes up to four times as long on
+    CPUs.
+    """
     return tf.transpose(tf.matmul(kernel, upstream, transpose_b=True))

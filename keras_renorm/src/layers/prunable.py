@@ -1,4 +1,4 @@
-"""What every prunable layer has: masks and scales beside its kernels, applied in `call`."""
+"""The mix-in of prunable layers: masks and scales beside the kernels, applied in `call`."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class PrunableKernel(Kernel):
 
     @property
     def is_effective(self) -> bool:
-        """Whether the variable holds the effective kernel already, within a call of a layer around the one with the masks."""
+        """Whether the variable holds the effective kernel, during a call of a layer around the prunable one."""
         return id(self.variable) in getattr(_calls, "effective", ())
 
     def masked(self) -> Any:
-        """The kernel, zero where the mask is, without a gradient for what is masked."""
+        """The kernel with zeros for masked weights, which get no gradient."""
         kernel = _tensor(self.variable)
         # `where`, not a product: a masked value may have become infinite and still must not count.
         return ops.where(_tensor(self.mask), kernel, ops.zeros((), kernel.dtype))
 
     def product(self, inputs: Any, training: bool | None) -> Any:
-        """`inputs @ masked()`, for one row a sample."""
+        """`inputs @ masked()`, for one row for each sample."""
         is_sparse = hasattr(inputs, "dense_shape")
         if self.settled is None or not (training or is_sparse):
             return ops.matmul(inputs, self.masked())
@@ -64,7 +64,7 @@ class PrunableKernel(Kernel):
         return masked_product(ops.cast(inputs, kernel.dtype), kernel, mask, settled)
 
     def effective(self) -> Any:
-        """What the layer computes with: the masked kernel times the scale."""
+        """The effective kernel: the masked kernel times the scale."""
         if self.is_effective:
             return _tensor(self.variable)
         kernel = self.masked()
@@ -103,15 +103,15 @@ class _RecordingScope(keras.StatelessScope):
 
 
 class PrunableLayer:
-    """Mix-in for layers whose kernels are pruned while the layer is in use. Stands before the Keras layer in the bases.
+    """Mix-in for layers whose kernels are pruned while they are used. It precedes the Keras layer in the bases.
 
     Args:
-        pruning_schedule: when to prune and how much; `None` leaves it to the callback.
-        criterion: what scores the weights.
-        pattern: which weights live and die together.
-        group: `"layer"` or `"unit"`: which weights compete with each other.
-        renormalize: what is done to the survivors at each event; `None` for nothing.
-        regrow: whether a removed weight may come back at a later event.
+        pruning_schedule: when to prune and how much; `None` for the schedule of the callback. Defaults to `None`.
+        criterion: what scores the weights. Defaults to `"magnitude"`.
+        pattern: which weights are removed together. Defaults to `"unstructured"`.
+        group: which weights compete with each other: `"layer"` or `"unit"`. Defaults to `"layer"`.
+        renormalize: how the kept weights are rescaled at each event, or `None`. Defaults to `"auto"`.
+        regrow: whether a later event may bring a removed weight back. Defaults to `False`.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class PrunableLayer:
     _settles = False
 
     def become_prunable(self, **arguments: Any) -> None:
-        """Take on masks, as a copy of a built layer of the plain class that was given this class.
+        """Add masks to a copy of a built plain layer whose class was changed to this one.
 
         Args:
-            **arguments: all arguments of `__init__` here.
+            **arguments: all arguments of `__init__`.
         """
         # Keras lets no layer that is built have more variables.
         unlock_variables(self)
@@ -162,7 +162,7 @@ class PrunableLayer:
         lock_variables(self)
 
     def _add_masks(self, layer: keras.Layer) -> None:
-        """Create a mask and a scale for every kernel of `layer`, where they are; to be called at the end of `build`."""
+        """Create a mask and a scale for every kernel of `layer`. Called at the end of `build`."""
         adopted = {id(kernel.variable) for kernel in self._adopted_kernels(layer)}
         kernels = [kernel for kernel in find_kernels(layer) if id(kernel.variable) not in adopted]
         if not kernels and adopted:
@@ -200,7 +200,7 @@ class PrunableLayer:
         self.masked_kernels = tuple(masked)
 
     def _call_masked(self, layer: keras.Layer, function: Callable, *args, **kwargs) -> Any:
-        """Call `function`, which reads the variables of `layer`, with the effective kernels in place of the kernels."""
+        """Call `function`, which reads the variables of `layer`, with effective kernels in place of the kernels."""
         kernels = [*self.masked_kernels, *self._adopted_kernels(layer)]
         effective = {id(kernel.variable): kernel.effective() for kernel in kernels}
         variables = layer.variables + layer.metrics_variables
@@ -229,7 +229,7 @@ class PrunableLayer:
         return outputs
 
     def _adopted_kernels(self, layer: keras.Layer) -> list[PrunableKernel]:
-        """The kernels within `layer` whose masks belong to a prunable layer in it."""
+        """The kernels within `layer` whose masks belong to a prunable layer inside it."""
         return [kernel for part in prunable_layers(layer) if part is not self for kernel in part.masked_kernels]
 
     @property
@@ -239,15 +239,15 @@ class PrunableLayer:
         return 1 - kept / size if size else 0.0
 
     def count_kept(self) -> tuple[int, int]:
-        """How many weights of the kernels are kept, out of how many."""
+        """The number of kept weights, and the number of weights."""
         kept = sum(int(np.count_nonzero(as_array(kernel.mask))) for kernel in self.masked_kernels)
         return kept, sum(kernel.size for kernel in self.masked_kernels)
 
     def update_masks(self, sparsity: float) -> None:
-        """One event: prune every kernel to `sparsity` and renormalize what is left.
+        """Prune every kernel to `sparsity`, and renormalize it: one pruning event.
 
         Raises:
-            ValueError: if a kernel holds NaN or infinity, or the pattern cannot give the sparsity; nothing is changed then.
+            ValueError: if a kernel holds NaN or infinity, or the pattern does not allow the sparsity. Then nothing is changed.
         """
         self.assign_masks(self.compute_pruning_masks(sparsity))
 
@@ -257,12 +257,13 @@ class PrunableLayer:
         read: np.ndarray | None = None,
         scores: Mapping[int, np.ndarray] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The masks and scales of an event, in the order of `masked_kernels`, without assigning them.
+        """Compute the masks and scales of a pruning event, in the order of `masked_kernels`, without assigning them.
 
         Args:
-            sparsity: fraction of the weights to remove, in [0, 1), or one for each kernel.
-            read: for a layer with one kernel, whether anything reads each unit; `None` if all are read.
-            scores: of the weights, by the `id` of the kernel's variable; `None` to ask the criterion.
+            sparsity: fraction of the weights to remove, in [0, 1), or a list with one for each kernel.
+            read: for a layer with one kernel, whether a later layer reads each unit. Defaults to `None`: all are read.
+            scores: scores of the weights by the `id` of the variable of the kernel. Defaults to `None`: the criterion scores
+                them.
         """
         sparsities = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(self.masked_kernels)
         return [
@@ -271,7 +272,7 @@ class PrunableLayer:
         ]
 
     def assign_masks(self, masks_and_scales: list[tuple[np.ndarray, np.ndarray]]) -> bool:
-        """Set mask and scale of every kernel. Answers whether any was another before."""
+        """Assign the mask and the scale of every kernel. Returns whether any of them changed."""
         changed = False
         for kernel, (mask, scale) in zip(self.masked_kernels, masks_and_scales):
             scale = np.reshape(scale, kernel.scale.shape)
@@ -283,7 +284,7 @@ class PrunableLayer:
         return changed
 
     def keep_all(self, kernels: Sequence[PrunableKernel]) -> None:
-        """Keep all weights of some kernels, with scales of one, and count steps from the start, as in a new layer."""
+        """Keep all weights of some kernels, with scales of one, and set the step to zero, as in a new layer."""
         for kernel in kernels:
             kernel.mask.assign(ops.ones(kernel.mask.shape, "bool"))
             kernel.scale.assign(ops.ones(kernel.scale.shape))
@@ -329,14 +330,14 @@ class PrunableLayer:
         )
 
     def count_steps(self, steps: int, write: bool) -> None:
-        """Note how many batches were trained. The variable is written when asked, and whenever the layer is saved."""
+        """Set the number of trained batches. The variable is written if `write`, and whenever the layer is saved."""
         if write:
             self.pruning_step.assign(steps)
         self._count = (steps, steps if write else self._count[1])
 
     @property
     def was_restored(self) -> bool:
-        """Whether the step is one that was counted before, and came back with its weights."""
+        """Whether an earlier step was restored, together with its weights."""
         return self._count is not None and self._step() < self._count[0] and self._step() != self._count[1]
 
     def _step(self) -> int:
@@ -381,7 +382,7 @@ PRUNING_ARGUMENTS = tuple(
 
 
 def drop_in(cls: type) -> type:
-    """Class decorator: show the Keras layer's own signature, with the pruning arguments as keyword-only ones behind it."""
+    """Class decorator: show the signature of the Keras layer, with the pruning arguments as keyword-only arguments after it."""
     plain = inspect.signature(cls.plain_class.__init__).parameters.values()
     pruning = [inspect.signature(PrunableLayer.__init__).parameters[name] for name in PRUNING_ARGUMENTS]
     kwargs = [parameter for parameter in plain if parameter.kind is parameter.VAR_KEYWORD]
@@ -391,28 +392,28 @@ def drop_in(cls: type) -> type:
 
 
 def prunable_layers(layer: keras.Layer) -> list[PrunableLayer]:
-    """All built layers with masks in a model (or layer, itself included), in order, each once."""
+    """All built layers with masks in a model or layer (itself included), in order, each once."""
     return [part for part in flatten_layers(layer) if isinstance(part, PrunableLayer) and part.masked_kernels]
 
 
 def sparsity_of(model: keras.Layer) -> float:
-    """Fraction of zeros over all masks of a model."""
+    """Fraction of zeros in all masks of a model."""
     counts = [layer.count_kept() for layer in prunable_layers(model)]
     return 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
 
 
 def plain_variables(layer: keras.Layer) -> list[keras.Variable]:
-    """The variables of a layer but for masks, scales and steps: those of its plain counterpart, in its order."""
+    """The variables of a layer without masks, scales and steps: those of its plain counterpart, in its order."""
     return without_added(layer.variables, prunable_layers(layer))
 
 
 def plain_weights(layer: keras.Layer) -> list[keras.Variable]:
-    """The same of its weights: what `set_weights` of its plain counterpart takes."""
+    """The weights of a layer without masks, scales and steps: what `set_weights` of its plain counterpart takes."""
     return without_added(layer.weights, prunable_layers(layer))
 
 
 def reset_masks(layer: keras.Layer, variables: Sequence[keras.Variable]) -> None:
-    """Keep all weights of those kernels of a layer that are among `variables`, as they got plain values."""
+    """Keep all weights of the kernels of a layer that are among `variables`, which were given plain values."""
     loaded = {id(variable) for variable in variables}
     for part in prunable_layers(layer):
         kernels = [kernel for kernel in part.masked_kernels if id(kernel.variable) in loaded]
@@ -431,7 +432,7 @@ def without_added(variables: Sequence[keras.Variable], layers: Sequence[Prunable
 
 
 def _load_plain(layer: PrunableLayer, variables: Sequence[keras.Variable], store: Mapping[str, Any]) -> None:
-    """Load what the plain counterpart of a layer stored, and keep all weights."""
+    """Load the variables of the plain counterpart of a layer, and keep all weights."""
     values = [store[str(index)] for index in range(len(variables))]
     for variable, value in zip(variables, values):
         stored = keras.backend.standardize_dtype(value.dtype)
@@ -451,7 +452,7 @@ def _load_plain(layer: PrunableLayer, variables: Sequence[keras.Variable], store
 
 
 def plain_values(layer: keras.Layer) -> list[Any]:
-    """What `plain_variables` must hold in the plain counterpart for it to compute what `layer` computes."""
+    """The values of `plain_variables` with which the plain counterpart computes the same as `layer`."""
     effective = {id(kernel.variable): kernel for part in prunable_layers(layer) for kernel in part.masked_kernels}
     return [effective[id(v)].effective() if id(v) in effective else v for v in plain_variables(layer)]
 
@@ -462,7 +463,7 @@ def _goal_from(values: np.ndarray) -> schedules.Goal:
 
 
 def _scale_shape(kernel: Kernel) -> list[int]:
-    """The shortest shape that broadcasts against the kernel with one number a unit: `(units,)` for a Dense kernel."""
+    """The shortest shape that broadcasts against the kernel with one number for each unit: `(units,)` for a Dense kernel."""
     shape = [1 if axis in kernel.input_axes else side for axis, side in enumerate(kernel.variable.shape)]
     while len(shape) > 1 and shape[0] == 1:
         shape.pop(0)
@@ -470,12 +471,12 @@ def _scale_shape(kernel: Kernel) -> list[int]:
 
 
 def _tensor(variable: keras.Variable) -> Any:
-    """The value of a variable, in the dtype that layers compute in. (`convert_to_tensor` may give the variable itself.)"""
+    """The value of a variable in the dtype of the computation. (`convert_to_tensor` may return the variable itself.)"""
     return ops.cast(variable, variable.dtype)
 
 
 class _OfEffectiveKernel(keras.regularizers.Regularizer):
-    """The regularizer of what the layer computes with, so that masked values neither cost nor move."""
+    """The regularizer of the effective kernel, so that masked weights are neither penalized nor changed."""
 
     def __init__(self, regularizer: Callable, kernel: PrunableKernel):
         self.regularizer, self.kernel = regularizer, kernel

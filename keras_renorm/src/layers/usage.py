@@ -1,7 +1,8 @@
-"""How a layer of one's own uses its weights: multiplied with its inputs and looked up by them, or added to them.
+"""How a user's own layer uses its weights: multiplied with its inputs, used as a lookup table, or added to the inputs.
 
-Position embeddings and class tokens are tables of weights that a network adds to what comes in, or puts before it. A zero in
-one is a value like any other: it spares no computation and no unit is worth less for it. So they are no kernels.
+Position embeddings and class tokens are tables of weights that a network adds to its inputs, or concatenates with them. A zero
+in such a table is a value like any other: it saves no computation, and it makes no unit less important. So they are not
+kernels.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ _NAMES_OF_ADDED = re.compile(r"position|pos_?emb|(class|cls|dist|distillation|ma
 
 
 def added_weights(layer: keras.Layer, weights: list[keras.Variable]) -> set[int]:
-    """Which weights of a layer are only added to its inputs, or do not meet them at all.
+    """Find the weights of a layer that are only added to its inputs, or do not meet the inputs at all.
 
-    The layer is called once on symbolic tensors of the shapes that it was built for. A weight counts as multiplied if it, or
-    what was made from it, meets something that comes from the inputs in any operation that is no sum, no concatenation and no
-    choice among values, such as a product, a convolution or a lookup with the inputs as indices. Handed to another layer next
-    to the inputs, it counts as data. Tables of `Embedding` layers in it that are looked up by constants alone count as added.
-    Where the call cannot be followed (it uses operations of TensorFlow, say), names and shapes decide: what is named after
-    positions or tokens, or has the shape `(1, ..., n)` of something that is broadcast over samples.
+    The layer is called once on symbolic tensors of the shapes that it was built for. A weight is multiplied if it, or a tensor
+    made from it, meets a tensor made from the inputs in any operation other than a sum, a concatenation or a choice among
+    values: in a product, a convolution, or a lookup with the inputs as indices. If it is passed to another layer beside the
+    inputs, it counts as data. Tables of `Embedding` layers inside the layer that are only looked up by constants count as
+    added. If the call cannot be followed (it uses operations of TensorFlow, for example), names and shapes decide: names with
+    "position" or "token", or a shape `(1, ..., n)` that is broadcast over samples.
 
     Args:
         layer: a built layer.
-        weights: variables that it holds itself.
+        weights: variables that the layer itself holds.
 
     Returns:
-        The `id` of those variables, and of the tables of such embeddings.
+        The `id` of these variables, and of the tables of such embeddings.
     """
     within = flatten_layers(layer, include_self=False, recursive=False)
     tables = [part for part in within if isinstance(part, keras.layers.Embedding) and part.built]
@@ -62,7 +63,7 @@ def _is_broadcast(weight: keras.Variable) -> bool:
 
 
 def _follow(layer, weights, tables) -> tuple[set[int], set[int], list]:
-    """Which weights are multiplied, which are used at all, and which tables only constants look up."""
+    """The weights that are multiplied, the weights that are used at all, and the tables that only constants look up."""
     called: set[int] = set()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_traces(layer))
@@ -80,7 +81,7 @@ def _follow(layer, weights, tables) -> tuple[set[int], set[int], list]:
 
 
 def _symbolic_inputs(layer: keras.Layer) -> tuple[list, dict[str, Any]]:
-    """What the layer was built for, with sides of 2 where there is none."""
+    """Symbolic inputs of the shapes that the layer was built for, with 2 for free sides."""
     shapes = build_shapes(layer)
 
     def symbolic(shape):
@@ -93,7 +94,7 @@ def _symbolic_inputs(layer: keras.Layer) -> tuple[list, dict[str, Any]]:
 
 
 def _meetings(outputs: Any, weights: dict[int, int]) -> tuple[set[int], set[int]]:
-    """Which weights are multiplied on their way to the outputs, and which are on the way at all."""
+    """The weights that are multiplied on their way to the outputs, and those that are on the way at all."""
     multiplied: set[int] = set()
     met: set[int] = set()
     # Of each tensor: the weights that it is made of alone, or `None` if something of the inputs is in it.
@@ -115,7 +116,7 @@ def _meetings(outputs: Any, weights: dict[int, int]) -> tuple[set[int], set[int]
 
 
 def _nodes_before(outputs: Any) -> list:
-    """The calls that make some tensors, each after those that make its inputs."""
+    """The calls that make some tensors, each after the calls that make its inputs."""
     ordered, seen = [], set()
     stack = [(tensor, False) for tensor in keras.tree.flatten(outputs)]
     while stack:
@@ -135,7 +136,7 @@ def _nodes_before(outputs: Any) -> list:
 
 @contextlib.contextmanager
 def _without_traces(layer: keras.Layer) -> Iterator[None]:
-    """Let the calls that follow leave nothing behind: no nodes, and no names that are taken."""
+    """Undo what the calls inside the context leave behind: nodes, and used names."""
     nodes = [nodes for part in flatten_layers(layer) for nodes in (inbound_nodes(part), outbound_nodes(part))]
     lengths = [len(one) for one in nodes]
     taken = names_in_use()
@@ -152,7 +153,7 @@ def _without_traces(layer: keras.Layer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_place_of_weights(layer: keras.Layer, tensors: dict[int, Any]) -> Iterator[None]:
-    """Let the attributes that hold weights, also in lists and dicts, hold tensors in their place."""
+    """Put tensors in place of the weights in the attributes of a layer, also in lists and dicts."""
 
     def exchanged(value):
         if isinstance(value, (list, tuple)):
@@ -179,7 +180,7 @@ def _holds(value: Any, tensors: dict[int, Any]) -> bool:
 
 @contextlib.contextmanager
 def _attribute(part: keras.Layer, name: str, value: Any) -> Iterator[None]:
-    """An attribute of one layer that hides its class'."""
+    """An attribute of one layer that hides the attribute of its class."""
     had = name in vars(part)
     before = vars(part).get(name)
     vars(part)[name] = value

@@ -1,4 +1,4 @@
-"""Whether two models compute the same, seen by running them."""
+"""Whether two models compute the same, tested by running them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _TOLERANCE_IN_HALF = 5e-2
 def made_inputs(
     model: keras.Model, samples: int = _SAMPLES, free_side: int = _FREE_SIDES[0], largest_side: float = math.inf
 ) -> Any:
-    """Inputs for a model that nothing is known of but what it was built with, in the structure that it takes.
+    """Make inputs for a model from the shapes that it was built with, in the structure that it takes.
 
     Args:
         model: a built model.
-        samples: how many.
-        free_side: length of the axes that the model leaves free.
-        largest_side: of images, where they are to be smaller than what the model says.
+        samples: number of samples.
+        free_side: length of axes that the model leaves free.
+        largest_side: largest side of images, to make them smaller than the model says.
 
     Returns:
         Tensors, or `None` if the model does not tell the shapes of its inputs.
@@ -68,12 +68,12 @@ def made_inputs(
 
 
 def _graph_inputs(model: keras.Model) -> Any:
-    """The symbolic inputs of a Sequential or Functional model, as it takes them; `None` for another one."""
+    """The symbolic inputs of a Sequential or Functional model, in its structure; `None` for other models."""
     return inputs_structure(functional_in(model) or model)
 
 
 def _batches(model: keras.Model, inputs: Any) -> Iterator[Any]:
-    """What to compare on, in the order in which to try it."""
+    """The batches on which to compare, in the order in which to try them."""
     if inputs is not None:
         yield inputs
     sides = [tensor.shape[1:] for tensor in keras.tree.flatten(_graph_inputs(model)) if tensor is not None]
@@ -88,17 +88,17 @@ def check_same(
 ) -> None:
     """Raise if two models do not compute the same.
 
-    Both are run on a few inputs, and nothing in them changes: no statistics, no states of random numbers.
+    Both run on a few inputs, and neither is changed: no statistics, no states of random number generators.
 
     Args:
         model: a built model.
         other: a model that should compute the same.
-        twins: for the `id` of a layer of `model`, the layer that `other` has in its place.
-        what: how to call `other` in the error.
-        inputs: samples in the structure that the models take; a few that are made up if `None`.
+        twins: the layers of `other`, by the `id` of the layers of `model`.
+        what: name of `other` in the error.
+        inputs: samples in the structure that the models take. Defaults to `None`: a few random samples.
 
     Raises:
-        ValueError: if they do not; the message names the first layer that differs.
+        ValueError: if the outputs differ. The message names the first layer that differs.
     """
     for batch in _batches(model, inputs):
         try:
@@ -140,7 +140,7 @@ def check_same(
 
 @functools.cache
 def _rounds_coarsely() -> bool:
-    """Whether products of float32 are computed with fewer bits, as GPUs do unless they are told otherwise (TF32)."""
+    """Whether products of float32 are computed with fewer bits, as GPUs do by default (TF32)."""
     generator = np.random.default_rng(0)
     inputs, kernel = (generator.standard_normal(shape).astype("float32") for shape in ((16, 64), (64, 64)))
     exact = inputs.astype("float64") @ kernel
@@ -152,7 +152,7 @@ def _rounds_coarsely() -> bool:
 
 
 def _run(model: keras.Model, inputs: Any) -> list[np.ndarray]:
-    """The outputs of a model in inference, which leaves everything as it was."""
+    """The outputs of a model in inference, which is left as it was."""
     # A graph says which sizes of images it was built for, and most of its layers take others.
     call = model.call if type(model).call in (keras.Sequential.call, Functional.call) else model
     with keras.StatelessScope():
@@ -186,7 +186,7 @@ def _differ(expected: list[np.ndarray], received: list[np.ndarray], tolerance: f
 
 
 def _record(run: Callable[[], Any], layers: Mapping[Any, keras.Layer]) -> list[tuple[Any, list[np.ndarray]]]:
-    """What layers give while something runs, in the order in which they give it."""
+    """The outputs of layers while a function runs, in the order of the calls."""
     seen: list = []
 
     def watch(key, layer):

@@ -1,9 +1,9 @@
-"""A model copied object by object: layers, variables and what they hold, share and capture.
+"""Copies of models, object by object: layers, variables, and what they hold, share and capture.
 
-Keras copies a layer by its config, which tells how to make it anew, and not what has become of it: adapted statistics,
-vocabularies, frozen parts, shared weights, values drawn in `build`. Here nothing is made anew. Each object that belongs to the
-model is copied once, wherever it is met, so that what was shared stays shared; objects that cannot change, or that hold
-nothing of the model, are the same in both.
+Keras copies a layer by its config, which does not contain its later state: adapted statistics, vocabularies, frozen parts,
+shared weights, values drawn in `build`. Here nothing is built again. Each object that belongs to the model is copied once,
+wherever it is found, so that shared objects remain shared. Objects that cannot change, or that hold nothing of the model, are
+the same in both models.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _WRAPPED = ("build", "quantize")
 
 
 class Copier:
-    """Copies objects of one model, each once.
+    """Copies the objects of one model, each once.
 
     Args:
-        model: what the objects belong to.
-        convert: gives for a layer what comes into its place, or `None` for a copy of it.
+        model: the model.
+        convert: returns the replacement of a layer, or `None` to copy the layer.
 
     Attributes:
-        copies: for the `id` of each object that was copied, its copy.
+        copies: the copy of each object that was copied, by its `id`.
     """
 
     def __init__(self, model: keras.Layer, convert: Callable[[keras.Layer, Copier], keras.Layer | None] | None = None):
@@ -70,7 +70,7 @@ class Copier:
         self._own = {id(part): part for part in (*parts, *getattr(model, "variables", ()))}
 
     def copy(self, value: Any) -> Any:
-        """The copy of an object, with all that it holds.
+        """Copy an object with everything that it holds.
 
         Raises:
             ValueError: if something cannot be copied and holds a part of the model.
@@ -90,23 +90,23 @@ class Copier:
         return result
 
     def copy_as(self, layer: keras.Layer, cls: type, *steps: Callable[[keras.Layer], None]) -> keras.Layer:
-        """The copy of a layer, as one of another class, for use in its own place or within what comes there.
+        """Copy a layer as a layer of another class, for use in its own place or inside its replacement.
 
-        When everything is copied, the steps get it: the first step of each layer, then the second, of a layer after that of the
-        layers in it.
+        When everything is copied, the steps are called with it: the first step of each layer, then the second; inner layers
+        come first.
         """
         new = self._object(layer, cls)
         self._conversions.append((new, steps))
         return new
 
     def replace(self, original: Any, other: Any) -> None:
-        """From now on, `other` comes into the place of an object."""
+        """Use `other` in place of an object from now on."""
         self.copies[id(original)] = other
         # An `id` is only good for as long as its object lives.
         self._originals.append(original)
 
     def _copy(self, value: Any) -> Any:
-        """The copy of a value. What it holds may be filled in later, so that no depth of nesting is too deep."""
+        """Copy a value. Its contents may be filled in later, so that no depth of nesting is too deep."""
         if type(value) in _PLAIN_VALUES or isinstance(value, _NEVER_CHANGES):
             return value
         if id(value) in self.copies:
@@ -170,7 +170,7 @@ class Copier:
         return new
 
     def _object(self, value: Any, cls: type | None = None) -> Any:
-        """A copy of what has attributes: a layer, an operation, a metric, an optimizer, an object of a class of one's own."""
+        """Copy an object with attributes: a layer, an operation, a metric, an optimizer, an object of a user's own class."""
         new = self._made(value, object.__new__(cls or type(value)))
         self._todo.append(lambda: self._fill_object(value, new))
         return new
@@ -204,7 +204,7 @@ class Copier:
             self._last.append(lambda: _track(new, watched))
 
     def _methods(self, value: Any, state: dict) -> dict:
-        """Methods of classes of one's own that read parts of the model from where the class was written."""
+        """Methods of a user's own classes that read parts of the model from the scope of the class."""
         cls = type(value)
         if cls not in self._methods_of:
             self._methods_of[cls] = {name: one for name, one in _methods(cls).items() if self._captures(one)}
@@ -243,7 +243,7 @@ class Copier:
         return self._made(value, type(value)._make(items) if hasattr(value, "_make") else type(value)(items))
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """The function itself, or one that reads the copy where this one reads the model."""
+        """The function itself, or a function that reads the copy where this one reads the model."""
         if not self._captures(function):
             return function
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
@@ -272,7 +272,7 @@ class Copier:
         return [name for name in _names(function.__code__) if id(function.__globals__.get(name)) in self._own]
 
     def _copy_calls(self, function: keras.Function, new: keras.Function) -> None:
-        """The calls that a graph of operations is made of, in the order in which each operation was called."""
+        """Copy the calls of a graph of operations, in the order in which each operation was called."""
         nodes = sorted(keras_internals.nodes_of(function), key=lambda node: inbound_nodes(node.operation).index(node))
         nodes = [self._copy(node) for node in nodes]
         self._last.append(lambda: keras_internals.name_nodes(new, nodes))
@@ -315,7 +315,7 @@ class Copier:
         return self._made(value, tf.function(inner, value.input_signature, jit_compile=value._jit_compile))
 
     def _check_shared(self) -> None:
-        """Raise if something that could not be copied holds a part of the model."""
+        """Raise if an object that could not be copied holds a part of the model."""
         for value in self._shared:
             found = _reaches(value, self._own)
             if found is not None:
@@ -333,14 +333,14 @@ def _run(steps: collections.deque) -> None:
 
 
 def _blank(value: Any, state: dict) -> Any:
-    """An object of the same class, which does not make itself anew."""
+    """An object of the same class, without calling its constructor."""
     new = object.__new__(type(value))
     vars(new).update(state)
     return new
 
 
 def _rebound(function: types.FunctionType, old: Any, new: Any) -> types.FunctionType:
-    """One of the functions that Keras puts around methods of each layer, for another layer."""
+    """A function that Keras wraps around a method of each layer, for another layer."""
 
     def bind(held):
         if held is old:
@@ -362,7 +362,7 @@ def _is_watched_container(value: Any) -> bool:
 
 
 def _track(layer: Any, watched: Iterable[str] = ()) -> None:
-    """Note for TensorFlow what a layer depends on, as it does when attributes are set: objects, and lists and dicts of them."""
+    """Register the dependencies of a layer with TensorFlow, as setting attributes does: objects, lists and dicts."""
     import tensorflow as tf
 
     with keras_internals.untracked():
@@ -382,7 +382,7 @@ def _note_readers(node: keras_internals.Node) -> None:
 
 
 def _methods(cls: type) -> dict[str, types.FunctionType]:
-    """The methods that a class has which is not Keras' own."""
+    """The methods of a class that are not Keras' own."""
     return {
         name: function
         for base in reversed(cls.__mro__)
@@ -393,7 +393,7 @@ def _methods(cls: type) -> dict[str, types.FunctionType]:
 
 
 def captured_by(operation: Any, parts: Mapping[int, Any]) -> list[Any]:
-    """What the functions of an operation read, and it does not hold: by a closure, a default, or a global name.
+    """Find what the functions of an operation read without holding it: by a closure, a default, or a global name.
 
     Args:
         operation: a layer or an operation.
@@ -433,7 +433,7 @@ def _read_by(function: Any, is_part: Callable[[int], bool]) -> Iterator[int]:
 
 
 def _names(code: types.CodeType) -> Iterable[str]:
-    """The names of globals and attributes in a function and in those within it."""
+    """The names of globals and attributes in a function and its inner functions."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -448,7 +448,7 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 def _is_compiled(value: Any) -> bool:
-    """Whether this is a function that `tf.function` made."""
+    """Whether a function was made by `tf.function`."""
     return type(value).__module__.startswith("tensorflow.") and hasattr(value, "python_function")
 
 
@@ -463,7 +463,7 @@ def _is_torch(value: Any) -> bool:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether an object is nothing but its attributes."""
+    """Whether an object consists of its attributes only."""
     cls = type(value)
     if isinstance(value, keras_internals.Tracker):
         return True
@@ -497,7 +497,7 @@ def _reaches(value: Any, own: Collection[int], depth: int = 3) -> Any:
 
 
 def _held_by(value: Any) -> list[Any]:
-    """What an object holds; of a function what it captures, and not all that is global where it was written."""
+    """What an object holds; for a function what it captures, without all globals of its module."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
         return [*cells, value.__defaults__, value.__kwdefaults__, vars(value)]
@@ -509,10 +509,10 @@ def _describe(value: Any) -> str:
 
 
 def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...] = (), **changes) -> Any:
-    """A new layer (or operation) of the same config, or of another class, without or with other arguments; not built yet.
+    """A new layer (or operation) with the same config, or of another class, or with other arguments. It is not built.
 
     Raises:
-        ValueError: if it cannot be made from its config.
+        ValueError: if it cannot be created from its config.
     """
     cls = cls or type(operation)
     parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else [operation]
@@ -536,7 +536,7 @@ def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...
 
 
 def exchange_variable(layer: keras.Layer, variable: keras.Variable, other: keras.Variable) -> None:
-    """Let a layer use another variable in the place of one of its own."""
+    """Let a layer use another variable in place of one of its own."""
     for name, value in list(vars(layer).items()):
         if value is variable:
             vars(layer)[name] = other

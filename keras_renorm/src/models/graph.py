@@ -1,4 +1,4 @@
-"""Models as graphs of calls, models within them taken apart, and the same graph with other layers."""
+"""Models as graphs of calls, with inner models dissolved, and the same graph with other layers."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ class GraphCall:
         operation: the layer or operation.
         inputs: the tensors that it takes.
         outputs: the tensors that it makes.
-        node: Keras' record of the call; its own tensors stand for `inputs` and `outputs`.
+        node: Keras' record of the call, whose own tensors correspond to `inputs` and `outputs`.
         times: how often the operation, a part of it or one of its variables is used in the whole graph.
-        training: what the call, or that of the outermost model around it, says of `training`; `None` if it says nothing.
+        training: the argument `training` of the call, or of the call of the outermost model around it; `None` if it is not
+            given.
     """
 
     operation: Any
@@ -56,10 +57,10 @@ class GraphCall:
     training: bool | None = None
 
     def fill_in(self, tensors: dict[int, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments of the call.
+        """The arguments of the call with other tensors.
 
         Args:
-            tensors: what stands for each of `inputs`, by `id`. All other arguments are as they were.
+            tensors: the replacement of each of `inputs`, by its `id`. All other arguments are kept.
         """
         values = {id(key): tensors[id(tensor)] for key, tensor in zip(self.node.input_tensors, self.inputs)}
         args, kwargs = self.node.arguments.fill_in(values)
@@ -70,24 +71,24 @@ class GraphCall:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A Sequential or Functional model as calls, each after those that make its inputs, models within it taken apart.
+    """A Sequential or Functional model as calls, each after the calls that make its inputs, with inner models dissolved.
 
     Args:
         calls: the calls.
-        tensors: what the calls have for each tensor of the model itself, by `id`. They are not always the same: a model may
-            be called on its own inputs.
+        tensors: the tensors of the calls for the tensors of the model itself, by `id`. They may differ, because a model may be
+            called on its own inputs.
     """
 
     calls: list[GraphCall]
     tensors: dict[int, Any]
 
     def canonical(self, tensor: Any) -> int:
-        """The `id` that the calls have for a tensor of the model itself."""
+        """The `id` of the tensor of the calls for a tensor of the model itself."""
         return id(self.tensors[id(tensor)])
 
 
 def graph_of(model: keras.Model) -> Graph:
-    """The calls of a built Sequential or Functional model. Models that are called more than once stay calls of their own."""
+    """The calls of a built Sequential or Functional model. Models that are called more than once remain calls."""
     calls: list[GraphCall] = []
     taken: set[int] = set()
 
@@ -126,7 +127,7 @@ def graph_of(model: keras.Model) -> Graph:
 
 
 def users_of(model: keras.Model) -> dict[int, list[Any]]:
-    """The layers and operations that use a layer or a variable, by its `id`, but for models, whose layers are looked at."""
+    """The layers and operations that use a layer or a variable, by its `id`. Models are not listed, but their layers are."""
     parts = {id(part): part for part in (*flatten_layers(model), *model.variables)}
     graphs = [found for part in flatten_layers(model) if (found := functional_of(part)) is not None]
     nodes = [node for graph in graphs for node in nodes_of(graph)]
@@ -139,7 +140,7 @@ def users_of(model: keras.Model) -> dict[int, list[Any]]:
 
 
 def _takes_as_they_are(within: Functional, node: Any) -> bool:
-    """Whether a model gives to its layers what it is called with: it may cast, add axes, look inputs up by their names."""
+    """Whether a model passes its inputs to its layers unchanged. It may cast them, add axes, or look them up by their names."""
     given = node.input_tensors
     others = [value for name, value in node.arguments.kwargs.items() if name != "training"]
     return (
@@ -165,8 +166,10 @@ def _in_the_same_order(wanted: Any, given: Any) -> bool:
 
 
 def _used_by(call: GraphCall, parts: dict[int, Any]) -> set[int]:
-    """The `id` of all that a call uses: its operation, the layers in it, their variables, those among its arguments, and what
-    its functions read from elsewhere."""
+    """The `id` of everything that a call uses.
+
+    That is its operation, the layers inside it, their variables, variables among its arguments, and what its functions capture.
+    """
     used = [call.operation, *captured_by(call.operation, parts)]
     for one in tuple(used):
         if isinstance(one, keras.Layer):
@@ -176,14 +179,14 @@ def _used_by(call: GraphCall, parts: dict[int, Any]) -> set[int]:
 
 
 def functional_of(model: Any) -> Functional | None:
-    """The functional graph of a model; `None` for anything else, such as a subclass with a `call` of its own."""
+    """The functional graph of a model; `None` for anything else, such as a subclass with its own `call`."""
     if isinstance(model, keras.Sequential):
         return functional_in(model) if type(model).call is keras.Sequential.call else None
     return model if isinstance(model, Functional) and type(model).call is Functional.call else None
 
 
 def check_graph(model: keras.Model) -> None:
-    """Raise if the calls of a model cannot be seen."""
+    """Raise if the calls of a model cannot be listed."""
     if functional_of(model) is None:
         raise ValueError(
             f"Argument `model` must be a Sequential or Functional model. Received: model={model.name} (of type "
@@ -192,15 +195,15 @@ def check_graph(model: keras.Model) -> None:
 
 
 def rebuild_model(model: keras.Model, graph: Graph, operation_for: Callable[[GraphCall], Callable]) -> keras.Model:
-    """A model of the same graph with other operations.
+    """Build a model with the same graph and other operations.
 
     Args:
         model: the model.
         graph: its calls.
-        operation_for: gives for each call what is called in its place, with the same arguments.
+        operation_for: returns the replacement of the operation of each call, which is called with the same arguments.
 
     Returns:
-        A new model; Sequential if `model` is and the new operations make a chain.
+        A new model, which is Sequential if `model` is and the new operations are a chain.
     """
     functional = functional_of(model)
     inputs = [_input_like(tensor) for tensor in functional.inputs]
@@ -232,7 +235,9 @@ def _input_like(tensor: Any) -> Any:
 
 
 def _chain(output: Any) -> list | None:
-    """The layers of which each takes what the one before makes, and the last makes this tensor; `None` if there are others."""
+    """The layers of a chain that ends with this tensor, each of which takes the output of the one before; `None` if it is no
+    chain.
+    """
     layers: list = []
     while True:
         operation, index, _ = history_of(output)

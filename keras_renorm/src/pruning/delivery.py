@@ -1,4 +1,4 @@
-"""Whether the sparsity that was asked for is there, and if not, why, and what to do."""
+"""Whether the sparsity that was asked for is reached, and if not, why, and what to do."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _told: weakref.WeakKeyDictionary[keras.Model, set[str]] = weakref.WeakKeyDiction
 
 
 def shortfall(model: keras.Model) -> str | None:
-    """What to tell the user if layers are less sparse than their schedules ask for, in one sentence; `None` if all is there."""
+    """One sentence for the user if layers are less sparse than their schedules ask for; `None` if they are not."""
     found = _find(model)
     return found and found[1]
 
 
 def warn_once(model: keras.Model, reasons: tuple[str, ...] = REASONS) -> None:
-    """Warn of a shortfall that has one of these reasons, of each reason once for a model."""
+    """Warn of a missing sparsity that has one of these reasons, once for each reason and model."""
     found = _find(model)
     if found and found[0] in reasons and found[0] not in _told.setdefault(model, set()):
         _told[model].add(found[0])
@@ -77,7 +77,7 @@ def _reason(layer: PrunableLayer) -> str | None:
 
 
 def _reaches(layer: PrunableLayer, sparsity: float) -> bool:
-    """Whether as much is gone as an event at this sparsity removes, to the cell."""
+    """Whether as many cells are removed as an event at this sparsity removes."""
     return all(
         masks.removes_enough(as_array(kernel.mask), sparsity, layer.pattern, layer.group, kernel.input_axes)
         for kernel in layer.masked_kernels
@@ -85,7 +85,7 @@ def _reaches(layer: PrunableLayer, sparsity: float) -> bool:
 
 
 def _is_all_that_is_possible(layer: PrunableLayer, sparsity: float) -> bool:
-    """Whether an event with any scores would leave as many weights as are left."""
+    """Whether an event with any scores would leave as many weights as there are."""
     for kernel in layer.masked_kernels:
         mask = as_array(kernel.mask)
         scores = np.arange(mask.size, dtype=np.float32).reshape(mask.shape)

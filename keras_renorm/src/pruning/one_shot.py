@@ -38,51 +38,54 @@ def prune(
     batch_size: int = 128,
     verbose: int | str = "auto",
 ) -> keras.Model:
-    """Prune a trained model in one shot and renormalize what is left, without training and without labels.
+    """Prune a trained model in one shot and renormalize it, without training and without labels.
 
-    With calibration samples, a few hundred to a few thousand of what the model will see, layers are pruned in the order in
-    which the model calls them. Each is fed by the pruned layers before it and fitted to what the dense model computes. Layers
-    that come after a pruned one are fitted too, with the zeros that they have, and BatchNormalization is adjusted to its new
-    input. What ends farther from the dense model's outputs on these samples than plain pruning is not kept: the report says so.
+    With calibration samples (a few hundred to a few thousand typical inputs), layers are pruned in the order in which the model
+    calls them. Each layer gets the inputs of the pruned model and is fitted to the outputs of the dense model. Layers behind a
+    pruned layer are fitted too, with the zeros that they have, and BatchNormalization is adjusted to its new inputs. If the
+    outputs of the model on these samples are then farther from the dense outputs than after plain pruning, plain pruning is
+    kept, and the report says so.
 
-    The model passed in stays as it is.
+    The model that is passed in is not changed.
 
     Args:
-        model: a built model: Sequential, Functional, or a subclassed one with a `get_config()`.
-        sparsity: fraction of the weights to remove, in [0, 1), over all kernels of the chosen layers; or a dict of layer name
-            (or glob) to sparsity, to prune those layers alone; a name goes before a glob, an earlier glob before a later one;
-            `"user/fc1"` is layer `"fc1"` of the model `"user"` within this one.
-            `None` with a criterion that chooses the count itself.
+        model: a built model: Sequential, Functional, or a subclassed model with a `get_config()`.
+        sparsity: fraction of the weights to remove, in [0, 1), over all kernels of the chosen layers. Or a dict of layer name
+            (or glob) to sparsity, which also chooses the layers: a name has precedence over a glob, an earlier glob over a
+            later one; `"user/fc1"` is layer `"fc1"` of the inner model `"user"`. Defaults to `None`, for a criterion that
+            chooses the sparsity.
         criterion: what scores the weights: `"magnitude"`, `"random"`, or a callable `kernel -> scores`; with samples also
             `"activation"`, `"activity"`, `"obs"` and `"admm"`, with labels `"taylor"`, and
-            `keras_renorm.criteria.Activity(share)`, which chooses the count itself. `"auto"` is `"admm"` with samples, else
-            `"magnitude"`.
-        pattern: which weights live and die together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance. With
-            `"unit"`, units that meet in sums go together, what is gone gives zero (`keras_renorm.compact` then takes it out),
-            and layers that make the model's outputs stay whole, unless `layers` names them. Notes of the report say which
-            units `compact` cannot take out, and why. Or a dict of layer name (or glob)
-            to pattern; layers that it does not name are `"unstructured"`.
-        group: `"layer"` or `"unit"`: which weights compete with each other.
-        allocation: how the sparsity is divided among kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
-            mean of uniform and erk), or a callable (see `keras_renorm.allocation`). A dict as `sparsity` needs none.
-        renormalize: `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning; with samples also `"moments"` and `"lstsq"`.
-            `"auto"` is `"lstsq"` with samples, else the data-free one that measures best: `L2()` with `group="unit"`,
-            `L2(max_scale=2)` with `group="layer"`. Kernels that samples cannot serve (recurrent, embedding, your own layers)
-            get the latter where the outputs for the samples are then nearer than without.
-        calibration: unlabelled samples: an array, a list or a dict of arrays (one an input), a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or a generator of batches; of batches `(x, y)`, `x` is taken. A criterion that needs
-            labels, `"taylor"`, wants `(x, y)` or such batches, and a model that is compiled with its loss.
-        layers: which layers, as in `keras_renorm.to_prunable`.
-        target: the runtime that is to be fast, which chooses the pattern of each layer that no dict names: `"litert"` (1x4
-            blocks in Dense, single weights in 1x1 convolutions of networks that XNNPACK computes sparsely, whole units in
-            other convolutions), or `"litert-int8"` (1x16 blocks in Dense, whole units). See `keras_renorm.export.explain`.
-        batch_size: how many samples to run at once, where they come as arrays.
-        verbose: `"auto"`, 0, 1, or 2: the progress bar over the layers while samples are used. `"auto"` shows it where Keras
+            `keras_renorm.criteria.Activity(share)`, which chooses the sparsity itself. Defaults to `"auto"`: `"admm"` with
+            samples, else `"magnitude"`.
+        pattern: which weights are removed together: `"unstructured"`, `"unit"`, `"block"`, `"n_of_m"`, or an instance; or a
+            dict of layer name (or glob) to pattern, where other layers are `"unstructured"`. With `"unit"`, the same units are
+            removed from layers whose outputs are added, removed units output zero (`keras_renorm.compact` then takes them out),
+            and layers that make the outputs of the model are not pruned unless `layers` names them. Notes of the report tell
+            which units `compact` cannot take out, and why. Defaults to `"unstructured"`.
+        group: which weights compete with each other: `"layer"` or `"unit"`. Defaults to `"layer"`.
+        allocation: how the sparsity is divided among the kernels: `"uniform"`, `"global"`, `"erk"`, `"lamp"`, `"balanced"` (the
+            mean of uniform and erk), or a callable (see `keras_renorm.allocation`). Not used with a dict as `sparsity`.
+            Defaults to `"balanced"`.
+        renormalize: what changes the kept weights: `"l1"`, `"l2"`, a renormalizer, or `None` for plain pruning; with samples
+            also `"moments"` and `"lstsq"`. Defaults to `"auto"`: `"lstsq"` with samples, else `L2()` with `group="unit"` and
+            `L2(max_scale=2)` with `group="layer"`. Kernels that cannot be fitted to samples (recurrent layers, embeddings, your
+            own layers) get the latter, if the outputs on the samples are then closer to the dense outputs.
+        calibration: unlabelled samples: an array, a list or a dict of arrays (one for each input), a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, or a generator of batches. Of batches `(x, y)`, `x` is used. A criterion that needs labels,
+            `"taylor"`, takes `(x, y)` or such batches, and a model that is compiled with its loss. Defaults to `None`.
+        layers: the layers to prune, as in `keras_renorm.to_prunable`. Defaults to `None`: all layers with kernels.
+        target: the runtime for which the pattern of each layer is chosen, unless a dict names it: `"litert"` (1x4 blocks in
+            Dense, single weights in 1x1 convolutions of networks that XNNPACK computes sparsely, whole units in other
+            convolutions), or `"litert-int8"` (1x16 blocks in Dense, whole units). See `keras_renorm.export.explain`. Defaults
+            to `None`.
+        batch_size: batch size for `calibration`, if it is an array. Defaults to 128.
+        verbose: `"auto"`, 0, 1, or 2: the progress bar over the layers with samples. Defaults to `"auto"`: shown where Keras
             logs interactively.
 
     Returns:
-        A new model of plain Keras layers, whose kernels hold zeros. It is compiled if `model` was, with a fresh optimizer. Its
-        attribute `pruning_report` says what each layer got; it is not saved with the model.
+        A new model of plain Keras layers, whose kernels hold zeros. It is compiled if `model` is, with a fresh optimizer. Its
+        attribute `pruning_report` tells what happened to each kernel; it is not saved with the model.
 
     Raises:
         ValueError: if the sparsity is missing or outside [0, 1), the model is not built or has nothing to prune, a name is

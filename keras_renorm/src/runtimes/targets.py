@@ -1,4 +1,4 @@
-"""Which pattern of zeros a runtime can use, layer by layer."""
+"""The pattern of zeros that a runtime can use, layer by layer; and names of layers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _CONVOLUTIONS = (L.Conv1D, L.Conv2D, L.Conv3D, L.Conv1DTranspose, L.Conv2DTransp
 def choose_patterns(
     pattern: Any, target: str | None, model: keras.Model, layers: list[keras.Layer]
 ) -> dict[int, patterns.Pattern | None]:
-    """The pattern of each layer, by its `id`; `None` for one that is better left whole.
+    """Choose the pattern of each layer, by its `id`; `None` for a layer that should not be pruned.
 
     Args:
-        pattern: a pattern for all layers; or a dict of layer name (or glob) to pattern, which goes before the target.
-        target: `None` or one of `names.TARGETS`, which chooses for all layers that no dict names.
-        model: the model that the layers are in.
+        pattern: a pattern for all layers, or a dict of layer name (or glob) to pattern, which has precedence over the target.
+        target: `None` or one of `names.TARGETS`, which chooses the patterns of all layers that no dict names.
+        model: the model of the layers.
         layers: the layers to prune.
 
     Raises:
-        ValueError: if a name matches no layer, a pattern or the target is not known, both are given, or the
-            target leaves all layers whole.
+        ValueError: if a name matches no layer, a pattern or the target is not known, both are given, or no layer is left to
+            prune.
     """
     validation.check_choice(target, (None, *names.TARGETS), "target")
     if not isinstance(pattern, dict):
@@ -68,10 +68,10 @@ def choose_patterns(
 
 
 def names_of(model: keras.Model) -> dict[int, list[str]]:
-    """What the layers of a model can be called, by their `id`, the longest name first.
+    """The names by which the layers of a model can be called, by their `id`, the longest name first.
 
-    Layers of models within it are called by their name, and by those of the models around them before it: `"user/fc1"` is the
-    layer `"fc1"` of the model `"user"`.
+    A layer of an inner model has its own name, and the same name after those of the models around it: `"user/fc1"` is the layer
+    `"fc1"` of the model `"user"`.
     """
     names: dict[int, list[str]] = {}
 
@@ -95,19 +95,19 @@ def unique_names(model: keras.Model) -> dict[int, str]:
 
 
 def is_named(names: list[str], name: str) -> bool:
-    """Whether a name or a glob is one of a layer's names."""
+    """Whether a name or a glob matches one of the names of a layer."""
     return any(fnmatch.fnmatchcase(one, name) for one in names)
 
 
 def by_name(table: dict[str, Any], names: list[str], default: Any = None) -> Any:
-    """What a dict of names and globs has for a layer.
+    """Look a layer up in a dict of names and globs.
 
-    A name goes before a glob, a longer name before a shorter one, an earlier glob before a later one.
+    A name has precedence over a glob, a longer name over a shorter one, an earlier glob over a later one.
 
     Args:
         table: the dict.
-        names: the layer's names, as `names_of` gives them.
-        default: what to return if none is there.
+        names: the names of the layer, from `names_of`.
+        default: what to return if there is no match. Defaults to `None`.
     """
     exact = (table[name] for name in names if name in table)
     globs = (value for name, value in table.items() if is_named(names, name))
@@ -125,7 +125,7 @@ def _usable(layer: keras.Layer, target: str, has_path: bool) -> patterns.Pattern
 
 
 def _has_sparse_path(model: keras.Model) -> bool:
-    """Whether XNNPACK skips zeros of the 1x1 convolutions, once there are enough."""
+    """Whether XNNPACK skips the zeros of the 1x1 convolutions, if there are enough of them."""
     if functional_of(model) is None:
         return False
     nodes = xnnpack.nodes_of(model)

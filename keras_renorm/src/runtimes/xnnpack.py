@@ -1,8 +1,8 @@
-"""The networks that XNNPACK, the runtime's library of kernels, computes without the zeros of their 1x1 convolutions.
+"""The networks whose 1x1 convolutions XNNPACK, the kernel library of the runtime, computes without their zeros.
 
-Its rules are those of `xnn_subgraph_rewrite_for_nchw` in XNNPACK's `src/subgraph.c` (2026), which turns a part of a network to
-channels first: it must begin with a certain kind of convolution, end with a global average, and hold only operations that it
-has kernels for in that order of axes. A float network is judged here from its operations, whoever lists them.
+The rules are those of `xnn_subgraph_rewrite_for_nchw` in XNNPACK's `src/subgraph.c` (2026), which converts a part of a network
+to channels first. That part must begin with a certain kind of convolution, end with a global average, and contain only
+operations that have a kernel for channels first. This module judges a float network by its operations, whoever lists them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ LEAST_ZEROS = 2 / 3
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """An operation, as far as the rules ask.
+    """An operation, as far as the rules depend on it.
 
     Args:
-        name: of the layer.
-        kind: `"conv"`, `"depthwise"`, `"elementwise"`, `"mean"` (over rows and columns), or what else it is, in words.
-        inputs: which values it takes, weights left out.
-        outputs: which values it makes.
-        kernel: rows and columns of a convolution's kernel.
-        strides: likewise.
-        dilation: likewise.
-        padding: rows above and below, columns left and right that are added; `None` if they are not written down, as with
-            padding "same" and strides.
-        channels: how many channels a convolution's kernel sees.
-        plain: whether a convolution has one group, or a depthwise one a multiplier of one.
-        zeros: how many weights of a 1x1 convolution are zero.
-        weights: how many there are.
+        name: name of the layer.
+        kind: `"conv"`, `"depthwise"`, `"elementwise"`, `"mean"` (over rows and columns), or another kind, in words.
+        inputs: the values that the operation takes, without weights.
+        outputs: the values that the operation makes.
+        kernel: rows and columns of the kernel of a convolution.
+        strides: strides of a convolution.
+        dilation: dilation of a convolution.
+        padding: added rows above and below, added columns left and right; `None` if they are not written down, as for padding
+            "same" with strides.
+        channels: number of input channels of the kernel of a convolution.
+        plain: whether a convolution has one group, or a depthwise convolution a multiplier of one.
+        zeros: number of zero weights of a 1x1 convolution.
+        weights: number of weights of a 1x1 convolution.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Node:
 
     @property
     def is_entry(self) -> bool:
-        """Whether it turns its input to channels first."""
+        """Whether the operation converts its input to channels first."""
         return self.kind == "conv" and self.plain and self._is_padded(1, (3, 3), (2, 2)) and self.channels == 3
 
     def _is_padded(self, margin, kernel, strides):
@@ -75,7 +75,7 @@ class Node:
 
     @property
     def is_supported(self) -> bool:
-        """Whether there is a kernel for it with channels first."""
+        """Whether the operation has a kernel for channels first."""
         if self.is_pointwise:
             return self.plain and self._is_padded(0, (1, 1), (1, 1))
         if self.kind == "depthwise":
@@ -86,7 +86,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Breaker:
-    """A layer that keeps a network from being computed without its zeros: why, and what to do."""
+    """A layer that prevents a network from being computed without its zeros, why, and what to do."""
 
     layer: str
     reason: str
@@ -97,13 +97,13 @@ class Breaker:
 
 
 def pointwise_zeros(nodes: Iterable[Node]) -> float:
-    """Share of zeros in the weights of all 1x1 convolutions."""
+    """The share of zeros in the weights of all 1x1 convolutions."""
     pointwise = [node for node in nodes if node.is_pointwise]
     return sum(node.zeros for node in pointwise) / max(1, sum(node.weights for node in pointwise))
 
 
 def find_breakers(nodes: list[Node]) -> list[Breaker]:
-    """What is in the way of XNNPACK's sparse path, apart from the number of zeros; nothing if a network qualifies.
+    """Find what prevents XNNPACK's sparse path, apart from the number of zeros. The list is empty if the network qualifies.
 
     Args:
         nodes: the operations of a network, each after those that make its inputs.
@@ -255,7 +255,7 @@ def _convolutions(call: GraphCall, padding: GraphCall | None, ends: dict) -> lis
 
 
 def same_padding(kernel: tuple, strides: tuple, dilation: tuple, size: tuple) -> tuple[int, int, int, int] | None:
-    """The margins of padding "same" for an image of this size; `None` if they depend on a size that is not known."""
+    """The margins of padding "same" for an image of this size; `None` if they depend on an unknown size."""
     margins: tuple = ()
     for side, stride, rate, length in zip(kernel, strides, dilation, size):
         if stride > 1 and length is None:

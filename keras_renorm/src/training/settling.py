@@ -1,7 +1,7 @@
-"""Masked values that are zero and stay zero while an optimizer trains, so that training steps need not apply the masks.
+"""Training steps without masks, while masked values are zero and remain zero.
 
-A masked weight gets no gradient. If it is zero, and with it all that the optimizer remembers of it, then steps that treat
-every weight on its own leave it where it is.
+A masked weight gets no gradient. If the weight and everything that the optimizer stores for it are zero, then steps that treat
+every weight on its own do not change it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _WEIGHT_BY_WEIGHT = {
 
 
 class GuardedTrainFunction:
-    """A model's `train_function`, the only place where settled kernels are taken as they are.
+    """A `train_function` of a model, within which settled kernels are used without their masks.
 
     Kernels are settled for the batches of one iterator, trained by one optimizer. `fit` has an iterator of its own, so that
-    what an interrupted `fit` leaves behind does not hold in a later one; `compile` makes another `train_function`.
+    nothing of an interrupted `fit` remains valid in a later one; `compile` makes another `train_function`.
 
     Args:
         model: the model that it trains.
-        function: what it trains with.
+        function: the original train function.
     """
 
     def __init__(self, model: keras.Model, function: Callable):
@@ -57,7 +57,7 @@ class GuardedTrainFunction:
             return self._function(iterator)
 
     def settled(self) -> None:
-        """Kernels are settled from now on, for the iterator of the batch before."""
+        """Settle the kernels from now on, for the iterator of the last batch."""
         self._settled_for = self._seen, innermost(self._model.optimizer)
 
     def _holds(self, iterator: Any) -> bool:
@@ -66,18 +66,18 @@ class GuardedTrainFunction:
 
 
 def guard(model: keras.Model) -> None:
-    """Let a model train with a function that lets kernels be settled. (One that was traced before looks at the masks.)"""
+    """Let a model train with a function in which kernels can be settled. (A function that was traced before applies the masks.)"""
     settles = any(kernel.settled is not None for kernel in _kernels(model))
     if settles and callable(model.train_function) and not isinstance(model.train_function, GuardedTrainFunction):
         model.train_function = GuardedTrainFunction(model, model.train_function)
 
 
 def settle(model: keras.Model) -> None:
-    """Set masked values, and what the optimizer remembers of them, to zero, for a training step that costs no more than before.
+    """Set masked values, and what the optimizer stores for them, to zero, so that training steps need not apply the masks.
 
-    Kernels with a constraint, those whose weights may come back (`regrow=True`), those of optimizers that would not keep the
-    zeros, and all in models with a `train_step` of their own, which may train in any way, stay as they are. A kernel or mask
-    that is assigned is settled no longer.
+    Not settled are kernels with a constraint, kernels whose weights may come back (`regrow=True`), kernels of optimizers that
+    would not keep the zeros, and all kernels of a model with its own `train_step`. A kernel is no longer settled once it or its
+    mask is assigned.
 
     Args:
         model: a model that is being trained.
@@ -110,7 +110,7 @@ def _assign_and_unsettle(kernel: PrunableKernel, variable: keras.Variable, value
 
 
 def unsettle(model: keras.Model) -> None:
-    """From now on anybody may change the kernels: training steps apply the masks again."""
+    """Let training steps apply the masks again, since kernels may change from now on."""
     for kernel in _kernels(model):
         if kernel.settled is not None:
             _unsettle_kernel(kernel)
@@ -130,16 +130,16 @@ def _unsettle_kernel(kernel: PrunableKernel) -> None:
 
 
 def innermost(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer | None:
-    """The optimizer that takes the steps."""
+    """The innermost optimizer, which takes the steps."""
     while isinstance(optimizer, (keras.optimizers.LossScaleOptimizer, OptimizerWrapper)):
         optimizer = optimizer.inner_optimizer
     return optimizer
 
 
 def _slots(optimizer: keras.optimizers.Optimizer, kernel: PrunableKernel) -> list[keras.Variable] | None:
-    """The optimizer's variables that hold one value for each weight of a kernel: momenta, averages, accumulated gradients.
+    """The variables of the optimizer with one value for each weight of a kernel: momenta, averages, accumulated gradients.
 
-    `None` for a kernel that it does not train.
+    `None` for a kernel that the optimizer does not train.
     """
     known = [id(variable) for variable in trained_variables(optimizer)]
     if id(kernel.variable) not in known:

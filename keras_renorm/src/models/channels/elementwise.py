@@ -41,9 +41,10 @@ class ChannelByChannel(ChannelRule):
 
 
 class Elementwise(ChannelByChannel):
-    """Each number of the output is a function of the same numbers of the inputs: what it makes of constants, it says itself.
+    """Each number of the output is a function of the same numbers of the inputs. The operation itself computes the outputs of
+    constants.
 
-    Of the arguments of an operation, those that hold a value for each channel are cut along with the channels.
+    Arguments of an operation that hold a value for each channel are cut along with the channels.
     """
 
     @functools.cached_property
@@ -55,7 +56,7 @@ class Elementwise(ChannelByChannel):
         return [to_numpy(one) for one in (*arguments.args, *arguments.kwargs.values()) if self._is_wide(one)]
 
     def _is_wide(self, argument):
-        """A size of one is no value for each channel, also where there is one channel only."""
+        """Whether an argument holds a value for each channel. A size of one does not, even if there is only one channel."""
         return not isinstance(argument, keras.KerasTensor) and to_numpy(argument).shape[-1:] not in ((), (1,))
 
     def arguments(self, args, kwargs, outputs):
@@ -85,7 +86,7 @@ class Elementwise(ChannelByChannel):
 
 
 class Product(Elementwise):
-    """Zero times anything is zero."""
+    """A product: zero times anything is zero."""
 
     def constants(self, inputs):
         (result,) = super().constants(inputs)
@@ -95,7 +96,7 @@ class Product(Elementwise):
 
 
 class Slopes(ChannelByChannel):
-    """PReLU: a slope for each place makes different numbers of one constant that is negative."""
+    """PReLU: a slope for each position makes different outputs of the same negative constant."""
 
     def constants(self, inputs):
         alpha = to_numpy(self.layer.alpha).astype(np.float64)
@@ -109,14 +110,14 @@ class ZeroPadding(ChannelByChannel):
 
 
 class SameChannels(ChannelByChannel):
-    """A Reshape that leaves the last axis alone."""
+    """A Reshape that keeps the last axis."""
 
     def rebuild(self, inputs, outputs, constants):
         return self.anew(target_shape=reshaped(self.call.outputs[0], outputs[0])), []
 
 
 class Concatenated(ChannelRule):
-    """Channels of all inputs one after the other."""
+    """The channels of all inputs, one after the other."""
 
     known = True
 

@@ -53,7 +53,7 @@ class KernelRule(ChannelRule):
         return (values == 0) | (~np.isnan(values) & (not self.sees_edges))
 
     def folded(self, values, chosen):
-        """What constant input channels add to the bias."""
+        """The contribution of constant input channels to the bias."""
         values = np.where(chosen & self.foldable(values), values, 0)
         return np.einsum("i,tio->o", values, self.matrix) if values.any() else np.zeros(self.matrix.shape[-1])
 
@@ -131,7 +131,7 @@ class Depthwise(ChannelRule):
 
 
 class Separable(ChannelRule):
-    """A depthwise convolution and one of single positions in one layer."""
+    """A depthwise convolution followed by a 1x1 convolution, in one layer."""
 
     known = True
     weights = ("depthwise_kernel", "pointwise_kernel")
@@ -197,7 +197,7 @@ class Separable(ChannelRule):
 
 
 class Embedding(ChannelRule):
-    """What it looks up is not a matter of channels; what it finds is."""
+    """An embedding: only its outputs have channels."""
 
     known = True
 
@@ -213,7 +213,7 @@ class Embedding(ChannelRule):
 
 
 def _depthwise_constants(slices: np.ndarray, values: Values, sees_edges: bool) -> Values:
-    """What each slice, of shape `(taps, channels, multiplier)`, makes of a constant input."""
+    """The output of each slice, of shape `(taps, channels, multiplier)`, for a constant input."""
     dead = ~(slices != 0).any(axis=0)
     usable = (values == 0) | (not sees_edges)
     made = np.where(usable[:, None], values[:, None] * slices.sum(axis=0), np.nan)

@@ -1,6 +1,7 @@
-"""What a layer does to channels: the base class of all rules.
+"""The base class of all rules on channels, and what they share.
 
-A channel is an index of the last axis of a tensor.
+A channel is an index of the last axis of a tensor. A rule tells for one call of a layer which channels are constant, which are
+read, and which are kept or removed together.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ Live = Callable[[keras.Variable], np.ndarray]
 
 
 class ChannelRule:
-    """What is not known keeps all its channels, on both sides.
+    """The rule of an unknown layer: it keeps all its channels, on both sides.
 
     Args:
         call: the call.
-        live: gives for a variable of the layer which of its weights count; by default those that are not zero.
+        live: returns for a variable of the layer which of its weights count. Defaults to `None`: those that are not zero.
     """
 
     known = False
@@ -47,7 +48,7 @@ class ChannelRule:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The variables of the weights that stand between channels."""
+        """The variables of the weights between channels."""
         return [getattr(self.layer, name) for name in self.weights]
 
     @property
@@ -60,9 +61,9 @@ class ChannelRule:
         return to_numpy(variable) != 0 if self._live is None else self._live(variable)
 
     def units_read(self, needed: Flags) -> Flags | None:
-        """Which units of the kernel are read where these channels of the output are needed.
+        """The units of the kernel that are read if these channels of the output are needed.
 
-        `None` if its units are no channels of the output.
+        `None` if its units are not channels of the output.
         """
         return None
 
@@ -71,29 +72,29 @@ class ChannelRule:
         return [np.full(channels_of(tensor) or 1, np.nan) for tensor in self.call.outputs]
 
     def reads(self, needed: list[Flags], constants: list[Values]) -> list[Flags]:
-        """Which channels of the inputs are needed for channels of the outputs.
+        """The channels of the inputs that are needed for these channels of the outputs.
 
-        An input channel that is constant is not, if the layer made without it can make up for it.
+        A constant input channel is not needed if the layer that is built without it can compensate for it.
         """
         return [np.ones(size or 1, bool) for size in self.sizes]
 
     def tie(self, inputs: list[Flags], outputs: list[Flags]) -> tuple[list[Flags], list[Flags]]:
-        """What has to be kept beyond what is asked for, as the layer cannot do otherwise."""
+        """The channels that must be kept beyond those that are asked for."""
         return [np.ones_like(one) for one in inputs], [np.ones_like(one) for one in outputs]
 
     def stays(self, inputs: list[Flags], outputs: list[Flags]) -> bool:
-        """Whether the layer stays what it is, as all channels do."""
+        """Whether the layer is kept as it is, since all its channels are."""
         return all(flags.all() for flags in (*inputs, *outputs))
 
     def rebuild(self, inputs: list[Flags], outputs: list[Flags], constants: list[Values]) -> tuple[Any, list[np.ndarray]]:
         """The layer for the channels that are kept, not built yet, and the values of its weights in their order.
 
-        It is asked only where the layer does not stay what it is.
+        It is called only if the layer is not kept as it is.
         """
         raise NotImplementedError
 
     def arguments(self, args: tuple, kwargs: dict[str, Any], outputs: list[Flags]) -> tuple[tuple, dict[str, Any]]:
-        """What the layer for the channels that are kept is called with."""
+        """The arguments for the layer of the channels that are kept."""
         return args, kwargs
 
     def anew(self, **changes: Any) -> Any:
@@ -104,7 +105,7 @@ class ChannelRule:
 
 
 def plain_layer(operation: Any) -> Any:
-    """The layer inside a wrapper with masks; anything else as it is."""
+    """The layer inside a prunable wrapper; any other layer as it is."""
     return operation.layer if isinstance(operation, PrunableLayer) and hasattr(operation, "layer") else operation
 
 
@@ -128,7 +129,7 @@ def apply_activation(activation: Any, values: Values) -> Values:
 
 
 def agreed_values(rows: Sequence[Values]) -> Values:
-    """What all rows agree on."""
+    """The values on which all rows agree; NaN elsewhere."""
     first = rows[0]
     return np.where(np.logical_and.reduce([row == first for row in rows]), first, np.nan)
 
@@ -138,7 +139,7 @@ def bias_of(layer: keras.Layer, units: int) -> np.ndarray:
 
 
 def cut_argument(argument: Any, kept: Flags) -> Any:
-    """Some channels of an argument of an operation, a tensor or an array."""
+    """The kept channels of an argument of an operation, a tensor or an array."""
     some = to_numpy(argument)[..., kept]
     return ops.convert_to_tensor(some) if ops.is_tensor(argument) else some
 

@@ -31,17 +31,17 @@ class Attention(ChannelRule):
 
     @functools.cached_property
     def kernels(self):
-        """Which weights of each part count, shape `(inputs, heads, size)`."""
+        """Which weights of each part count, of shape `(inputs, heads, size)`."""
         return {name: self.live(part.kernel) for name, part in self.parts.items()}
 
     @functools.cached_property
     def output(self):
-        """Which weights of the output count, shape `(heads, size, outputs)`."""
+        """Which weights of the output count, of shape `(heads, size, outputs)`."""
         return self.live(self.layer.output_dense.kernel)
 
     @functools.cached_property
     def heads(self):
-        """Which heads do something."""
+        """Which heads contribute to the output."""
         value_bias = self.layer.value_dense.bias
         heard = self.kernels["value"].any(axis=(0, 2))
         if value_bias is not None:
@@ -89,7 +89,7 @@ class Attention(ChannelRule):
 
 
 class Recurrent(ChannelRule):
-    """A recurrent layer reads some channels; its own units all stay, as they read each other."""
+    """A recurrent layer may ignore input channels. All its own units are kept, since they read each other."""
 
     known = True
 

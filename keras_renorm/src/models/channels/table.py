@@ -46,7 +46,7 @@ L = keras.layers
 
 
 def rule_of(call: GraphCall, live: Live | None = None) -> ChannelRule:
-    """What is known of a call; a plain `ChannelRule` if nothing is."""
+    """The rule of a call; a plain `ChannelRule` if its layer is not known."""
     make = _KINDS.get(_kind(call.operation), ChannelRule)
     sizes = [channels_of(tensor) for tensor in (*call.inputs, *call.outputs)]
     if (
@@ -66,13 +66,13 @@ def rule_of(call: GraphCall, live: Live | None = None) -> ChannelRule:
 
 
 def _kind(operation: Any) -> type:
-    """The class of a layer, of a prunable one that of its plain counterpart."""
+    """The class of a layer; for a prunable layer, of its plain counterpart."""
     plain = plain_layer(operation)
     return plain.plain_class if isinstance(plain, PrunableLayer) else type(plain)
 
 
 def _has_other_weights(operation: Any) -> bool:
-    """Whether LoRA, quantization or a gate of attention gave it weights that its kind does not tell of."""
+    """Whether the layer has weights that its kind does not have: of LoRA, quantization or a gate of attention."""
     parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else ()
     return has_gate(operation) or any(
         getattr(part, "lora_enabled", False) or getattr(part, "quantization_mode", None) is not None for part in parts
@@ -80,7 +80,7 @@ def _has_other_weights(operation: Any) -> bool:
 
 
 def _names_channels(operation: Any) -> bool:
-    """Whether something that is no weight may hold a value for each channel: a scale, the shape of noise, an initializer."""
+    """Whether an attribute may hold a value for each channel: a scale, a shape of noise, an initializer."""
     parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else (operation,)
     rules = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
     held = [item for part in parts for item in vars(part).items()]
@@ -98,13 +98,13 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _draws_in_every_call(call: GraphCall) -> bool:
-    """Whether it draws random numbers also when the model is not trained: for fewer channels it would draw others."""
+    """Whether the call draws random numbers in inference, too. For fewer channels it would draw others."""
     layer = call.operation
     return bool(call.training) and isinstance(layer, keras.Layer) and len(layer.variables) > len(layer.weights)
 
 
 def _has_only_inputs(call: GraphCall) -> bool:
-    """Whether a call has no arguments that its rule does not know: a layer its inputs alone, an operation known ones."""
+    """Whether a call has only arguments that its rule knows."""
     arguments = call.node.arguments
     given = [*arguments.args, *(value for name, value in arguments.kwargs.items() if name != "training")]
     given = [one for one in given if one is not None]
@@ -114,9 +114,9 @@ def _has_only_inputs(call: GraphCall) -> bool:
 
 
 def _can_be_cut(argument: Any, size: int) -> bool:
-    """Whether an argument of an operation is a number, or has one number, or one a channel, on its last axis.
+    """Whether an argument of an operation is a number, or has one number, or one for each channel, on its last axis.
 
-    A variable of several numbers may be trained, and used elsewhere: it stays what it is.
+    A variable of several numbers may be trained and used elsewhere, so it is not cut.
     """
     if isinstance(argument, (str, list, tuple, dict)):
         return False
@@ -132,7 +132,7 @@ def _usable_kernel(call: GraphCall) -> type | None:
 
 
 def _usable_einsum(call: GraphCall) -> type | None:
-    """Those that do what a Dense layer does."""
+    """The rule of an EinsumDense that computes what a Dense layer computes."""
     layer = plain_layer(call.operation)
     operands, output = layer.equation.replace(" ", "").split("->")
     inputs, kernel = operands.split(",")

@@ -1,4 +1,4 @@
-"""Walks through the graph of a model by the rules: which units are read, and which come and go together."""
+"""Walks through the graph of a model by the rules: which units are read, and which are kept or removed together."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ L = keras.layers
 def walk_back(model: keras.Model, visit: Callable[[keras.Layer, Flags], None], live: Live) -> None:
     """Visit the layers with one kernel from the outputs of a model to its inputs.
 
-    A unit whose output meets only pruned weights does nothing for the network, and its own weights are the first that can go.
+    A unit whose output meets only pruned weights has no effect, so its own weights are the first to remove.
 
     Args:
-        model: a built model. Layers inside layers, in models that are called several times, and in a subclassed model, are not
-            visited: everything of theirs is taken to be read.
-        visit: called as `visit(layer, read)` with a bool for each unit of the layer: whether anything reads it.
-        live: gives for a variable which of its weights count, bool and shaped like it. It is asked about a kernel after its
-            layer was visited.
+        model: a built model. Layers inside layers, in models that are called several times, and in subclassed models are not
+            visited: all their units count as read.
+        visit: called as `visit(layer, read)` with a bool for each unit of the layer: whether a later layer reads it.
+        live: returns for a variable which of its weights count, as a bool array of its shape. It is called for a kernel after
+            the visit of its layer.
     """
     # A Sequential model that Keras could not trace has no outputs.
     if functional_of(model) is None or not getattr(model, "outputs", None):
@@ -51,12 +51,13 @@ def walk_back(model: keras.Model, visit: Callable[[keras.Layer, Flags], None], l
 
 @dataclasses.dataclass(frozen=True)
 class Ties:
-    """Which kernels make channels that have to come and go together.
+    """Which kernels make channels that must be kept or removed together.
 
     Args:
-        groups: by the `id` of a kernel's variable, a number that kernels share whose units meet in sums or products.
-        of_outputs: the numbers of those whose units are, channel by channel, outputs of the model.
-        normalizations: by the `id` of a kernel's variable, the BatchNormalization layers that take what it makes.
+        groups: by the `id` of the variable of a kernel, a number. Kernels with the same number make units that are added or
+            multiplied.
+        of_outputs: the numbers of kernels whose units are, channel by channel, outputs of the model.
+        normalizations: by the `id` of the variable of a kernel, the BatchNormalization layers that take its outputs.
     """
 
     groups: dict[int, int]
@@ -65,7 +66,7 @@ class Ties:
 
 
 def find_ties(model: keras.Model) -> Ties:
-    """How the units of a model hang together; nothing is known of a subclassed one."""
+    """The ties of the units of a model; empty for a subclassed model."""
     functional = functional_of(model)
     if functional is None:
         return Ties({}, set(), {})
@@ -86,7 +87,7 @@ def find_ties(model: keras.Model) -> Ties:
 
 
 def tied_tensors(rules: list[ChannelRule]) -> Callable[[int], int]:
-    """Gives for the `id` of a tensor a number that tensors share whose channels come and go together, one by one."""
+    """A function from the `id` of a tensor to a number. Tensors with the same number keep and lose the same channels."""
     roots: dict[int, int] = {}
 
     def root(key):
