@@ -87,7 +87,7 @@ def _check_output(path: pathlib.Path, force: bool) -> None:
     if path.exists() and not force:
         raise FileExistsError(f"'{path}' is there already. Pass --force to write over it, or another -o.")
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"'{path}' cannot be written: its folder is closed to you.")
+        raise PermissionError(f"'{path}' cannot be written: you have no permission to write to its folder.")
 
 
 class _Terminated(KeyboardInterrupt):

@@ -464,7 +464,7 @@ def test_folders_that_cannot_be_written(run, tmp_path, monkeypatch):
     for command in ("prune model.keras --sparsity 0.5 -o @out.keras", "export model.keras -o @out.tflite"):
         status, _, err = run(command)
         assert status == 1
-        assert "its folder is closed to you" in err
+        assert "no permission to write to its folder" in err
 
 
 @on_tensorflow

@@ -149,7 +149,7 @@ def _gain(part: FittedPart) -> np.ndarray:
     """The factor by which a change of the output of a part reaches its sum, of shape `(groups, 1, units)`."""
     groups, _, units = part.view.sizes
     gain = _factors(part.normalization[0]) if part.normalization else np.ones(groups * units)
-    # Through a channel that is as good as closed nothing can be made up for.
+    # A channel that normalization nearly closes cannot compensate for an error.
     gain[np.abs(gain) <= 1e-3 * np.abs(gain).max()] = np.inf
     return gain.reshape(groups, 1, units).astype(np.float32)
 
@@ -183,7 +183,7 @@ def _treat(part: FittedPart, moments: Moments, statistics: Statistics, rules: Pr
         fitted, new_bias = np.where(plain[:, None], kept, fitted), np.where(plain, bias, new_bias)
         plain_units = int(np.count_nonzero(plain & mask.any(axis=1)))
         if part.plan and part.plan.by_units:
-            # What comes after makes up for what is gone, constants included.
+            # The layers behind compensate for removed units, and for their constants, too.
             new_bias = np.where(mask.any(axis=1), new_bias, 0)
     elif rules.renormalize is not None:
         fitted = kept * rules.renormalize(matrix, kept, (1,))

@@ -209,7 +209,7 @@ class _Spool:
                     np.save(self.file, leaf)
                 if count > MOST_SAMPLES:
                     break
-            # All went well: the file stays open until the samples are done with.
+            # The file remains open until the samples are no longer needed.
             stack.pop_all()
 
     def __iter__(self):

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-# Weights of a block. What is computed of it stays in the processor's cache, and memory for it need not be asked of the system.
+# Number of weights of a block, whose intermediate results fit into the cache of the processor.
 _BLOCK = 131_072
 
 
@@ -28,7 +28,7 @@ def for_another(value: Any) -> Any:
 
 def is_finite(array: np.ndarray) -> bool:
     """Whether no value is NaN or infinite."""
-    # NaN is the largest and the smallest of what it is among. Two passes without a temporary array.
+    # If there is NaN, the maximum and the minimum are NaN. Two passes, without a temporary array.
     return bool(np.isfinite(array.max(initial=0)) and np.isfinite(array.min(initial=0)))
 
 

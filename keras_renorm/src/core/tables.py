@@ -12,7 +12,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Se
         header: one text a column.
         rows: the cells, as texts.
         right: the columns that are aligned to the right.
-        total: whether another rule stands before the last row.
+        total: whether there is a rule before the last row.
     """
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [

@@ -56,7 +56,7 @@ def smaller_type(quantize: str | None, estimates: dict[str, int]) -> list[str]:
     order = list(TYPES.values())
     exact = {name: estimates[name] for name in order[: order.index(TYPES[quantize])]}
     least = min(exact, key=exact.get, default=None)
-    # Estimates know nothing of what goes with each tensor.
+    # Estimates do not include the description of each tensor.
     if least is None or exact[least] + 4096 > 0.9 * estimates[TYPES[quantize]]:
         return []
     return [

@@ -21,7 +21,7 @@ from keras_renorm.src.export import flatbuffer
 BLOCKS = {"float32": 4, "int8": 16}
 # What a layout that makes the layer faster may cost in bytes, beside the smallest.
 _WORTH = 1.1
-# Less of the bytes than this must be left, or a tensor is stored in full. What goes with a sparse one takes some bytes, too.
+# A tensor is stored sparse if it takes less than this share of its bytes. The description of a sparse tensor takes some, too.
 _PAYS = 0.9
 _OVERHEAD = 512
 # The version of FULLY_CONNECTED that XNNPACK leaves to the runtime's own kernels: it would take sparse weights for dense ones,

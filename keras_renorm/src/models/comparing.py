@@ -24,7 +24,7 @@ from keras_renorm.src.core.keras_internals import (
 _SAMPLES = 1
 # Sides of inputs that a model leaves free: what is convolved and pooled has to be large enough.
 _FREE_SIDES = (32, 8, 64, 224)
-# Sides of images that are tried first, even where a model says larger ones: most of the time goes into convolutions.
+# Sides of images to try first, even if the model takes larger ones: convolutions take most of the time.
 _SMALL_SIDE = 64
 # Of the largest output. Layers that compute the same in another order differ by less.
 _TOLERANCE = 1e-3

@@ -104,7 +104,7 @@ def graph_of(model: keras.Model) -> Graph:
         uses = collections.Counter(id(node.operation) for node in inner)
         for node in inner:
             inputs = [tensors[id(tensor)] for tensor in node.input_tensors]
-            # As in Keras, what a model is called with goes before what the calls in it say.
+            # As in Keras, the argument of the call of a model has precedence over those of the calls inside it.
             here = node.arguments.kwargs.get("training") if training is None else training
             within = functional_of(node.operation) if uses[id(node.operation)] == 1 else None
             if within is not None and _takes_as_they_are(within, node):

@@ -146,7 +146,7 @@ def units_that_stay(model: keras.Model, kernels: list[Kernel]) -> dict[int, str]
             found[key] = "these layers stay whole, or are inside one that does"
             continue
         tensor = id(made_by[key].call.outputs[0])
-        # One unit stays in any case.
+        # At least one unit is kept.
         if np.count_nonzero(kept[tensor] & units) > int(units.all()):
             holding = ["outputs of the model"] if root(tensor) in outputs else []
             holding += [f"inputs or outputs of '{name}'" for name in _holding(rules, root, root(tensor))]

@@ -186,7 +186,7 @@ def scores(model: keras.Model | keras.Layer, criterion: Any = None, ax: Any = No
         removed.append(values[~one.kept])
     kept, removed = np.concatenate(kept), np.concatenate(removed)
     everything = np.concatenate([kept, removed])
-    # Infinity marks what always stays; it has no place on an axis.
+    # Infinity marks weights that are always kept, and cannot be drawn.
     everything = everything[np.isfinite(everything)]
     positive = everything[everything > 0]
     ax = new_axes(ax)

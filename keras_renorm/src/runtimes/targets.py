@@ -41,7 +41,7 @@ def choose_patterns(
         if patterns.get(pattern) != patterns.Unstructured():
             raise ValueError(
                 f"Pass `target` or a pattern for all layers, not both. Received: target={target!r}, pattern={pattern!r}. A "
-                "dict of layer name to pattern goes before the target."
+                "dict of layer name to pattern has precedence over the target."
             )
         pattern = {}
     called = names_of(model)

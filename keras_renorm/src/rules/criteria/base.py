@@ -1,3 +1,5 @@
+"""The base classes of criteria."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,52 +13,55 @@ from keras_renorm.src.core.statistics import Statistics
 
 
 class Criterion(registry.Configurable):
-    """Base class: scores the weights of a kernel.
+    """Base class of criteria, which score the weights of a kernel.
 
-    `elementwise` says that a weight's score depends on its value alone, and is NaN only where that is: the criterion may then
-    be asked for a part of the kernel at a time, in arrays of any shape.
+    Attributes:
+        elementwise: whether the score of a weight depends on its value alone, and is NaN only if the value is. Such a criterion
+            may be called with a part of the kernel, in arrays of any shape. Defaults to `False`.
     """
 
     elementwise = False
 
     def __call__(self, kernel: np.ndarray) -> np.ndarray:
-        """Scores shaped like `kernel`; larger = keep."""
+        """Score the weights: an array of the shape of `kernel`. The highest scores are kept."""
         raise NotImplementedError
 
 
 class CalibratedCriterion(Criterion):
-    """Base class: scores the weights of a layer by the data that goes through it (`keras_renorm.prune` with `calibration`).
+    """Base class of criteria that need calibration samples (`keras_renorm.prune` with `calibration`).
 
-    `statistics` names what it needs to know of the data: `Moments` or `InputSizes` of the inputs, or `Gradients` of the loss,
-    for which samples need labels. `chooses_count` says that it decides itself how many weights stay, so that no sparsity is
-    asked for.
+    Attributes:
+        statistics: the statistics that the criterion needs: `Moments` or `InputSizes` of the inputs, or `Gradients` of the
+            loss, for which samples need labels. Defaults to `Moments`.
+        chooses_count: whether the criterion itself decides how many weights are kept, so that no sparsity is given. Defaults to
+            `False`.
     """
 
     statistics: type[Statistics] = Moments
     chooses_count = False
 
     def __call__(self, matrix: np.ndarray, statistics: Any) -> np.ndarray:
-        """Scores shaped like `matrix`; larger = keep.
+        """Score the weights: an array of the shape of `matrix`. The highest scores are kept.
 
         Args:
-            matrix: the layer's kernel, shape `(groups, inputs, units)`.
-            statistics: of its inputs (and targets), an instance of `self.statistics`.
+            matrix: the kernel of the layer, of shape `(groups, inputs, units)`.
+            statistics: an instance of `self.statistics`.
         """
         raise NotImplementedError
 
     def select(self, matrix: np.ndarray, statistics: Any, mask_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """The weights to keep, bool of the shape of `matrix`.
+        """Select the weights to keep: a bool array of the shape of `matrix`.
 
         Args:
             matrix: as in `__call__`.
-            statistics: likewise.
-            mask_of: scores of that shape -> the mask that keeps the best of them.
+            statistics: as in `__call__`.
+            mask_of: returns for an array of scores the mask that keeps the highest.
         """
         return mask_of(self(matrix, statistics))
 
 
 def score(criterion: Any, kernel: np.ndarray) -> np.ndarray:
-    """Call a criterion, which may be a user's own callable, and check what it answers."""
+    """Call a criterion, which may be any callable, and check the scores that it returns."""
     scores = np.asarray(criterion(kernel))
     if scores.shape != kernel.shape:
         raise ValueError(
