@@ -74,7 +74,8 @@ def test_attributes_of_training(model):
     model.compile("sgd", ["mse", None])
     data = {"a": np.ones((4, 2)), "b": np.ones((4, 2))}, [np.ones((4, 3)), np.ones((4, 2))]
     model.fit(*data, validation_data=data, callbacks=[note], verbose=0)
-    assert internals.OF_TRAINING - (seen | set(vars(model))) == set()
+    later = {"_compiled_trainable_state"} if keras.__version__.startswith(("3.13.", "3.14.")) else set()
+    assert internals.OF_TRAINING - (seen | set(vars(model))) <= later
     assert internals.OF_TRAINING & before == set()
 
 
@@ -114,7 +115,9 @@ def test_takes_training(model):
 
 
 def test_has_gate(dense):
-    assert internals.has_gate(L.MultiHeadAttention(1, 2, use_gate=True))
+    # The first releases that `setup.cfg` allows have none.
+    if "use_gate" in inspect.signature(L.MultiHeadAttention).parameters:
+        assert internals.has_gate(L.MultiHeadAttention(1, 2, use_gate=True))
     assert not internals.has_gate(L.MultiHeadAttention(1, 2))
     assert not internals.has_gate(dense)
 
