@@ -20,7 +20,7 @@ class LayerCall:
 
 
 class _Enough(BaseException):
-    """Ends a forward pass that has shown everything that was asked for. It is no `Exception`, since Keras would rewrite that."""
+    """Ends a forward pass that has shown everything that was asked for. It is no `Exception`, which Keras rewrites."""
 
 
 def observe(

@@ -36,7 +36,7 @@ def warn_of_odd_samples(model: keras.Model, samples: Samples, stacklevel: int = 
 
 
 def _constant_inputs(samples: Samples) -> list[str]:
-    """The names of float inputs (of all inputs, if none varies) that are the same in all samples, if there are several samples."""
+    """The names of float inputs (of all inputs, if none varies) that are the same in several samples."""
     first, varies, count = None, None, 0
     for batch in samples:
         leaves = keras.tree.flatten(batch)

@@ -66,7 +66,7 @@ class GuardedTrainFunction:
 
 
 def guard(model: keras.Model) -> None:
-    """Let a model train with a function in which kernels can be settled. (A function that was traced before applies the masks.)"""
+    """Let a model train with a function in which kernels can be settled. (A function that is traced already applies masks.)"""
     settles = any(kernel.settled is not None for kernel in _kernels(model))
     if settles and callable(model.train_function) and not isinstance(model.train_function, GuardedTrainFunction):
         model.train_function = GuardedTrainFunction(model, model.train_function)
