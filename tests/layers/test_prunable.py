@@ -1,9 +1,23 @@
+import inspect
+
 import keras
 import numpy as np
 import pytest
 
 import keras_renorm as kr
-from keras_renorm.src.layers.prunable import PRUNING_ARGUMENTS, plain_values, plain_variables, prunable_layers, sparsity_of
+from keras_renorm.src.layers.prunable import (
+    NEVER,
+    PRUNING_ARGUMENTS,
+    is_trusted,
+    plain_values,
+    plain_variables,
+    prunable_layers,
+    reset_masks,
+    sparsity_of,
+    trusting,
+)
+from keras_renorm.src.models.copying import exchange_variable
+from keras_renorm.src.rules import schedules
 
 
 def dense(kernel, **pruning):
@@ -282,3 +296,182 @@ def test_gradient_of_sparse_inputs_is_sparse(tf):
     gradient = tape.gradient(outputs, layer.kernel.value)
     assert isinstance(gradient, tf.IndexedSlices)
     np.testing.assert_array_equal(tf.convert_to_tensor(gradient), [[10, 0], [0, 0], [14, 21]])
+
+
+def values_of(variable):
+    return keras.ops.convert_to_numpy(variable)
+
+
+def recurrent(**arguments):
+    """A wrapped recurrent layer: two kernels of 3 x 2 and 2 x 2, half of the weights of each removed."""
+    layer = kr.layers.RenormalizedPruning(keras.layers.SimpleRNN(2, **arguments), renormalize="l1", name="recurrent")
+    layer.build((2, 4, 3))
+    layer.update_masks(0.5)
+    return layer
+
+
+def test_names_of_masks_scales_and_steps():
+    layer = dense(np.ones((3, 2)))
+    assert [variable.name for variable in layer.variables[1:]] == ["mask", "scale", "pruning_step"]
+    assert [tuple(variable.shape) for variable in layer.variables[1:]] == [(3, 2), (2,), ()]
+    names = {variable.name for variable in recurrent().variables if "mask" in variable.name or "scale" in variable.name}
+    assert len(names) == 4
+    assert sorted(name.rsplit("_", 1)[-1] for name in names) == ["mask", "mask", "scale", "scale"]
+    assert all("kernel" in name for name in names)
+
+
+def test_the_scale_has_one_number_for_each_unit():
+    wrapped = kr.layers.RenormalizedPruning(keras.layers.DepthwiseConv2D(3, depth_multiplier=2))
+    wrapped.build((None, 8, 8, 1))
+    assert tuple(wrapped.masked_kernels[0].scale.shape) == (2,)
+    single = dense(np.ones((1, 1)))
+    assert tuple(single.scale.shape) == (1,)
+
+
+def test_a_layer_without_kernels_has_nothing_to_prune():
+    layer = kr.layers.RenormalizedPruning(keras.layers.BatchNormalization(name="norm"))
+    with pytest.raises(ValueError, match=r"'norm' \(of type BatchNormalization\) has nothing to prune"):
+        layer.build((None, 4))
+
+
+def test_lora_is_refused_in_the_constructor():
+    with pytest.raises(ValueError, match="does not take LoRA"):
+        kr.layers.PrunableDense(2, lora_rank=1)
+
+
+def test_penalties_are_those_of_each_effective_kernel():
+    layer = recurrent(kernel_regularizer=keras.regularizers.L2(0.5), recurrent_regularizer=keras.regularizers.L1(0.25))
+    first, second = (values_of(kernel.effective()) for kernel in layer.masked_kernels)
+    penalties = sorted(float(value) for value in layer.losses)
+    np.testing.assert_allclose(penalties, sorted([0.5 * np.sum(first**2), 0.25 * np.sum(np.abs(second))]), rtol=1e-5)
+
+
+def test_states_that_a_call_changes_are_changed():
+    layer = recurrent(stateful=True)
+    plain = keras.layers.SimpleRNN(2, stateful=True)
+    plain.build((2, 4, 3))
+    for variable, value in zip(plain.weights, plain_values(layer)):
+        variable.assign(value)
+    inputs = np.random.default_rng(0).standard_normal((2, 4, 3)).astype("float32")
+    for _ in range(2):
+        np.testing.assert_allclose(values_of(layer(inputs)), values_of(plain(inputs)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values_of(layer.layer.states[0]), values_of(plain.states[0]), rtol=1e-5, atol=1e-6)
+    assert values_of(layer.layer.states[0]).any()
+
+
+@keras.saving.register_keras_serializable("tests")
+class Reader(keras.layers.Layer):
+    """Multiplies by the kernel of a prunable layer inside it, and by a kernel of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = kr.layers.PrunableDense(3, use_bias=False, renormalize="l1")
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.own = self.add_weight(shape=(3, 3), name="own")
+
+    def call(self, inputs):
+        return keras.ops.matmul(keras.ops.matmul(self.inner(inputs), self.inner.kernel), self.own)
+
+
+def test_a_kernel_that_a_layer_around_reads_is_masked_and_scaled_once():
+    layer = kr.layers.RenormalizedPruning(Reader())
+    layer.build((None, 3))
+    assert len(layer.masked_kernels) == 1  # the other has masks already
+    layer.layer.inner.update_masks(0.5)
+    kernel = values_of(layer.layer.inner.masked_kernels[0].effective())
+    inputs = np.random.default_rng(0).standard_normal((4, 3)).astype("float32")
+    expected = inputs @ kernel @ kernel @ values_of(layer.layer.own)
+    np.testing.assert_allclose(values_of(layer(inputs)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_is_no_longer_there():
+    layer = kr.layers.RenormalizedPruning(keras.layers.Dense(2, use_bias=False, name="fc"))
+    layer.build((None, 3))
+    exchange_variable(layer.layer, layer.layer.kernel, keras.Variable(np.ones((3, 2), "float32")))
+    with pytest.raises(ValueError, match="'fc' no longer has the kernels that its masks were made for"):
+        layer(np.ones((1, 3), "float32"))
+
+
+def test_only_the_kernels_that_are_named_are_trusted():
+    (one,), (other,) = dense(np.ones((2, 2))).masked_kernels, dense(np.ones((2, 2))).masked_kernels
+    assert not is_trusted(one)
+    with trusting([one]):
+        assert is_trusted(one)
+        assert not is_trusted(other)
+        with trusting([other]):
+            assert is_trusted(other)
+            assert not is_trusted(one)
+        assert is_trusted(one)
+    assert not is_trusted(one)
+
+
+def test_plain_values_keep_all_weights_and_begin_anew():
+    layer = dense([[1.0, 2.0], [3.0, 4.0]], renormalize="l1")
+    layer.update_masks(0.5)
+    layer.count_steps(7, write=True)
+    reset_masks(layer, [])
+    assert layer.sparsity == 0.5
+    assert int(values_of(layer.pruning_step)) == 7
+    reset_masks(layer, [layer.kernel])
+    assert layer.sparsity == 0
+    np.testing.assert_array_equal(values_of(layer.scale), [1, 1])
+    assert int(values_of(layer.pruning_step)) == NEVER
+
+
+def test_zeros_become_masks_beside_those_that_are_there():
+    layer = dense([[1.0, 0.0], [3.0, 4.0]])
+    layer.mask.assign([[True, True], [False, True]])
+    layer.mask_zeros()
+    np.testing.assert_array_equal(values_of(layer.mask), [[True, False], [False, True]])
+
+
+def test_a_step_that_was_restored():
+    layer = dense(np.ones((2, 2)))
+    assert not layer.was_restored
+    layer.count_steps(4, write=True)
+    layer.count_steps(6, write=False)
+    assert not layer.was_restored  # what is written is what was written
+    layer.pruning_step.assign(2)
+    assert layer.was_restored
+    layer.pruning_step.assign(6)
+    assert not layer.was_restored
+
+
+def test_signatures_are_those_of_keras_with_the_pruning_arguments_behind():
+    assert PRUNING_ARGUMENTS == ("pruning_schedule", "criterion", "pattern", "group", "renormalize", "regrow")
+    own = inspect.signature(kr.layers.PrunableDense).parameters
+    plain = inspect.signature(keras.layers.Dense).parameters
+    named = [name for name, parameter in plain.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    assert list(own) == [*named, *PRUNING_ARGUMENTS, "kwargs"]
+    assert all(own[name].kind is inspect.Parameter.KEYWORD_ONLY for name in PRUNING_ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"0": np.ones((3, 2), "float32")}, r"expected shape \(2, 2\) for 'kernel', but \(3, 2\) is stored"),
+        ({"0": np.ones((2, 2), "int8")}, "expected values of type float32 for 'kernel', but int8 is stored"),
+    ],
+)
+def test_plain_values_that_do_not_fit_change_nothing(stored, message):
+    layer = dense([[1.0, 2.0], [3.0, 4.0]])
+    layer.update_masks(0.5)
+    with pytest.raises(ValueError, match=message):
+        layer.load_own_variables(stored)
+    np.testing.assert_array_equal(values_of(layer.kernel), [[1, 2], [3, 4]])
+    assert layer.sparsity == 0.5
+    layer.load_own_variables({"0": np.full((2, 2), 5, "float16")})
+    np.testing.assert_array_equal(values_of(layer.kernel), np.full((2, 2), 5))
+    assert layer.sparsity == 0
+
+
+def test_the_goal_is_saved_with_the_layer(tmp_path):
+    layer = dense([[1.0, 2.0], [3.0, 4.0]])
+    layer.goal = schedules.Goal(0.75, 8, 0.5, 10, 3)
+    store = {}
+    layer.save_own_variables(store)
+    other = dense(np.ones((2, 2)))
+    other.load_own_variables(store)
+    assert other.goal == layer.goal
