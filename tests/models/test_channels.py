@@ -185,3 +185,55 @@ def test_the_walk_and_compact_agree_on_kernels_of_every_kind(name):
     assert set(seen) == ({"out"} if "separable" in name else {"a", "b", "out"})
     assert {layer.name: layer.output.shape[-1] for layer in small.layers if layer.name in ("b", "out")} == {"b": 4, "out": 4}
     assert {layer.name: layer.output.shape[-1] for layer in small.layers if layer.name in seen} == seen
+
+
+def test_a_depthwise_channel_of_which_one_product_is_read():
+    """Channel 0 makes outputs 0 and 1, channel 1 makes 2 and 3: one that is read is enough."""
+    image = keras.Input((4, 4, 1))
+    x = L.Conv2D(2, 1, name="maker")(image)
+    x = L.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
+    model = keras.Model(image, L.Dense(2, name="fc")(L.GlobalAveragePooling2D()(x)))
+    assert units_read(model, {"fc": only((4, 2), (1, 0))})["maker"] == [True, False]
+    assert units_read(model, {"fc": only((4, 2), (2, 1), (3, 0))})["maker"] == [False, True]
+
+
+def test_a_layer_without_bias_gets_none_where_none_is_needed():
+    layers = [L.Dense(3, use_bias=False, name="a"), L.Dense(2, use_bias=False, name="b")]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    layers[0].kernel.assign([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]])
+    smaller = kr.compact(model)
+    assert [layer.use_bias for layer in smaller.layers] == [False, False]
+    assert [tuple(layer.kernel.shape) for layer in smaller.layers] == [(2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(("size", "padding", "units"), [(1, "same", 1), (3, "valid", 1), (3, "same", 2)])
+@pytest.mark.parametrize("kind", [L.DepthwiseConv2D, L.SeparableConv2D])
+def test_constants_pass_where_a_kernel_sees_no_edge(kind, size, padding, units):
+    """A constant channel is constant behind a kernel that sees no padding, and can be taken out with the bias that it is."""
+    image = keras.Input((4, 4, 1))
+    x = L.Conv2D(2, 1, name="maker")(image)
+    arguments = {"filters": 2} if kind is L.SeparableConv2D else {}
+    x = kind(kernel_size=size, padding=padding, name="middle", **arguments)(x)
+    model = keras.Model(image, L.Dense(2, name="fc")(L.GlobalAveragePooling2D()(x)))
+    maker = model.get_layer("maker")
+    maker.set_weights([np.array([[[[1.0, 0.0]]]]), np.array([0.0, 5.0])])
+    samples = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype("float32")
+    smaller = kr.compact(model)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(smaller(samples)), ops.convert_to_numpy(model(samples)), rtol=1e-4, atol=1e-5
+    )
+    assert smaller.get_layer("maker").filters == units
+
+
+def test_a_separable_convolution_that_mixes_channels_has_no_constants():
+    image = keras.Input((4, 4, 1))
+    x = L.Conv2D(2, 1, name="maker")(image)
+    x = L.SeparableConv2D(3, 1, activation="softmax", name="middle")(x)
+    model = keras.Model(image, L.Dense(2, name="fc")(L.GlobalAveragePooling2D()(x)))
+    model.get_layer("maker").set_weights([np.array([[[[1.0, 0.0]]]]), np.array([0.0, 5.0])])
+    samples = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype("float32")
+    smaller = kr.compact(model)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(smaller(samples)), ops.convert_to_numpy(model(samples)), rtol=1e-4, atol=1e-5
+    )
+    assert smaller.get_layer("middle").filters == 3
