@@ -1,6 +1,5 @@
 """Weights of a plain model fit into the same model with prunable layers; its own states come back with their masks."""
 
-import functools
 import pathlib
 
 import keras
@@ -10,7 +9,6 @@ from keras import ops
 
 import keras_renorm as kr
 from keras_renorm.src.layers.prunable import NEVER, prunable_layers
-from keras_renorm.src.training import settling
 
 L = keras.layers
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -183,26 +181,26 @@ def test_a_subclassed_model(dense, tmp_path):
         np.testing.assert_allclose(ops.convert_to_numpy(model(x)), ops.convert_to_numpy(plain(x)), rtol=1e-6)
 
 
-def settle_by_hand(kernel):
-    """As `settling.settle` does for a model that is being trained."""
-    kernel.settled.assign(True)
-    for variable in (kernel.variable, kernel.mask):
-        variable.assign = functools.partial(settling._assign_and_unsettle, kernel, variable)
+@pytest.mark.parametrize("name", ["set_weights", "load_own_variables", "mask_zeros"])
+def test_plain_weights_are_not_settled(tf, name):
+    class Load(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 15:
+                function, layer = self.model.train_function, self.model.layers[0]
+                assert function.is_settled(layer.masked_kernels[0])
+                loads[name](layer)
+                assert not function.is_settled(layer.masked_kernels[0])
 
-
-def test_plain_weights_are_not_settled(tf):
-    layer = kr.layers.PrunableDense(2)
-    layer.build((None, 2))
-    values = layer.get_weights()[:2]
-    loads = [
-        lambda: layer.set_weights(values),
-        lambda: layer.load_own_variables({str(index): value for index, value in enumerate(values)}),
-        lambda: layer.mask_zeros(),
-    ]
-    for load in loads:
-        settle_by_hand(layer.masked_kernels[0])
-        load()
-        assert not bool(ops.convert_to_numpy(layer.masked_kernels[0].settled))
+    model = keras.Sequential([keras.Input((2,)), kr.layers.PrunableDense(2)])
+    values = model.get_weights()[:2]
+    loads = {
+        "set_weights": lambda layer: layer.set_weights(values),
+        "load_own_variables": lambda layer: layer.load_own_variables({str(i): value for i, value in enumerate(values)}),
+        "mask_zeros": lambda layer: layer.mask_zeros(),
+    }
+    model.compile("adam", "mse")
+    pruning = kr.callbacks.UpdatePruning(kr.schedules.ConstantSparsity(0.5, 0, 0))
+    model.fit(np.ones((40, 2)), np.ones((40, 2)), batch_size=2, verbose=0, callbacks=[pruning, Load()])
 
 
 def test_zeros_become_the_masks_where_asked():

@@ -5,18 +5,15 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
+from keras_renorm.src.layers.arguments import PRUNING_ARGUMENTS
+from keras_renorm.src.layers.plain_variables import plain_values, plain_variables, reset_masks
 from keras_renorm.src.layers.prunable import (
     NEVER,
-    PRUNING_ARGUMENTS,
-    is_trusted,
-    plain_values,
-    plain_variables,
     prunable_layers,
-    reset_masks,
     sparsity_of,
-    trusting,
 )
-from keras_renorm.src.models.copying import exchange_variable
+from keras_renorm.src.layers.prunable_kernel import asking_flags, flag_of
+from keras_renorm.src.models.rebuilding import exchange_variable
 from keras_renorm.src.rules import schedules
 
 
@@ -157,14 +154,10 @@ def test_a_renormalizer_that_answers_wrongly_changes_nothing(answer):
     assert layer.mask.numpy().all()
 
 
-def settled(kernel):
-    """A layer whose promise that masked values are zero no longer holds: another optimizer filled them."""
+def pruned(kernel):
+    """A layer whose masked values are not zero."""
     layer = dense(kernel, renormalize=None)
     layer.update_masks(0.5)
-    (one,) = layer.masked_kernels
-    if one.settled is None:
-        pytest.skip("no layer settles on this backend")
-    one.settled.assign(True)
     return layer
 
 
@@ -174,14 +167,14 @@ def outputs_of(layer, training):
 
 
 def test_masks_are_applied_in_full_where_nothing_is_trained():
-    layer = settled([[1.0, 2.0], [3.0, 4.0]])
+    layer = pruned([[1.0, 2.0], [3.0, 4.0]])
     for training in (False, None):
         np.testing.assert_array_equal(outputs_of(layer, training), [[0, 0], [3, 4]])
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer.masked_kernels[0].effective()), [[0, 0], [3, 4]])
 
 
-def test_a_promise_ends_where_masks_change():
-    layer = settled([[1.0, 2.0], [3.0, 4.0]])
+def test_masks_that_change_are_applied():
+    layer = pruned([[1.0, 2.0], [3.0, 4.0]])
     mask, scale = np.array([[True, False], [False, True]]), np.ones(2)
     assert layer.assign_masks([(mask, scale)])
     np.testing.assert_array_equal(outputs_of(layer, training=True), [[1, 0], [0, 4]])
@@ -190,8 +183,8 @@ def test_a_promise_ends_where_masks_change():
     np.testing.assert_array_equal(outputs_of(layer, training=True), [[2, 0], [0, 8]])
 
 
-def test_a_promise_ends_where_weights_are_loaded(tmp_path):
-    model = keras.Sequential([keras.Input((2,)), settled([[1.0, 2.0], [3.0, 4.0]])])
+def test_masks_that_are_loaded_are_applied(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), pruned([[1.0, 2.0], [3.0, 4.0]])])
     other = keras.Sequential([keras.Input((2,)), dense([[5.0, 6.0], [7.0, 8.0]])])
     other.layers[0].mask.assign([[True, False], [False, True]])
     other.save_weights(tmp_path / "other.weights.h5")
@@ -394,17 +387,29 @@ def test_a_kernel_that_is_no_longer_there():
         layer(np.ones((1, 3), "float32"))
 
 
-def test_only_the_kernels_that_are_named_are_trusted():
+def test_only_kernels_with_a_flag_are_asked():
     (one,), (other,) = dense(np.ones((2, 2))).masked_kernels, dense(np.ones((2, 2))).masked_kernels
-    assert not is_trusted(one)
-    with trusting([one]):
-        assert is_trusted(one)
-        assert not is_trusted(other)
-        with trusting([other]):
-            assert is_trusted(other)
-            assert not is_trusted(one)
-        assert is_trusted(one)
-    assert not is_trusted(one)
+    flags = [{id(kernel.variable): keras.Variable(True, dtype="bool")} for kernel in (one, other)]
+    assert flag_of(one) is None
+    with asking_flags(flags[0]):
+        assert flag_of(one) is flags[0][id(one.variable)]
+        assert flag_of(other) is None
+        with asking_flags(flags[1]):
+            assert flag_of(other) is flags[1][id(other.variable)]
+            assert flag_of(one) is None
+        assert flag_of(one) is not None
+    assert flag_of(one) is None
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="kernels settle on TensorFlow only")
+@pytest.mark.parametrize("settled", [False, True])
+def test_masks_of_settled_kernels_are_left_out_in_training_only(settled):
+    layer = pruned([[1.0, 2.0], [3.0, 4.0]])
+    masked, filled = [[0, 0], [3, 4]], [[1, 2], [3, 4]]
+    with asking_flags({id(layer.kernel): keras.Variable(settled, dtype="bool")}):
+        np.testing.assert_array_equal(outputs_of(layer, training=True), filled if settled else masked)
+        np.testing.assert_array_equal(outputs_of(layer, training=False), masked)
+    np.testing.assert_array_equal(outputs_of(layer, training=True), masked)
 
 
 def test_plain_values_keep_all_weights_and_begin_anew():

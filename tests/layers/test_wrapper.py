@@ -9,7 +9,8 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.src.layers.prunable import plain_values, prunable_layers, sparsity_of
+from keras_renorm.src.layers.plain_variables import plain_values
+from keras_renorm.src.layers.prunable import prunable_layers, sparsity_of
 from tests.layers.cases import CASES, Calling, Naming, Scaled, Tied, as_arguments, model_around, model_inputs
 
 EVERY_LAYER = pytest.mark.parametrize("name", list(CASES))

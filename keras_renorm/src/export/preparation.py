@@ -11,9 +11,10 @@ from keras_renorm.src.core.keras_internals import build_shapes, flatten_layers, 
 from keras_renorm.src.export.inputs import in_half
 from keras_renorm.src.export.narrowing import narrow_layers
 from keras_renorm.src.export.repair import repair_head
-from keras_renorm.src.models.copying import Copier, with_config
+from keras_renorm.src.models.copying import Copier
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.models.model_copies import copy_model
+from keras_renorm.src.models.rebuilding import with_config
 from keras_renorm.src.pruning.conversion import rebuilt_layer
 
 

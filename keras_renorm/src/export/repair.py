@@ -11,9 +11,9 @@ from keras_renorm.src.core import validation
 from keras_renorm.src.export.rewriting import Change, rebuild_with, values_of
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.comparing import check_same
-from keras_renorm.src.models.copying import with_config
 from keras_renorm.src.models.graph import Graph, GraphCall, check_graph, functional_of, graph_of
 from keras_renorm.src.models.model_copies import compile_like
+from keras_renorm.src.models.rebuilding import with_config
 from keras_renorm.src.pruning.conversion import strip
 from keras_renorm.src.runtimes import xnnpack
 

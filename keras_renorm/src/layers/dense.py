@@ -45,7 +45,7 @@ class PrunableDense(PlainSubclass, PrunableLayer, keras.layers.Dense):
     """
 
     plain_class = keras.layers.Dense
-    _settles = True
+    can_settle = True
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -19,7 +19,8 @@ import h5py
 import keras
 
 from keras_renorm.src.core.keras_internals import flatten_layers
-from keras_renorm.src.layers.prunable import PrunableLayer, plain_weights, prunable_layers, reset_masks, without_added
+from keras_renorm.src.layers.plain_variables import plain_weights, reset_masks
+from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers, without_added
 from keras_renorm.src.layers.wrapper import RenormalizedPruning
 
 

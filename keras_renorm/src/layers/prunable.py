@@ -2,90 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.core import names, registry, validation
+from keras_renorm.src.core import registry
 from keras_renorm.src.core.arrays import as_array
 from keras_renorm.src.core.keras_internals import flatten_layers, lock_variables, own_variables, unlock_variables
 from keras_renorm.src.kernels.events import prune_kernel
-from keras_renorm.src.layers.kernels import Kernel, find_kernels
-from keras_renorm.src.rules import criteria, patterns, renorm, schedules
+from keras_renorm.src.layers.arguments import PRUNING_ARGUMENTS, PruningArguments
+from keras_renorm.src.layers.kernels import find_kernels
+from keras_renorm.src.layers.prunable_kernel import OfEffectiveKernel, PrunableKernel, holding_effective, scale_shape
+from keras_renorm.src.rules import schedules
 
 NEVER = -1
 _GOAL = "goal"
-
-# By `id`, the variables that hold effective kernels in the call that is under way.
-_calls = threading.local()
-
-
-@dataclasses.dataclass(frozen=True)
-class PrunableKernel(Kernel):
-    """A kernel with its mask (bool, shaped like it) and its scale (float, broadcasts against it).
-
-    `settled`, where a layer has it, says that the masked values are zero and stay so in the training steps to come: those of
-    a model that is guarded need not look at the mask on the way forward (`keras_renorm.settling`).
-    """
-
-    mask: keras.Variable
-    scale: keras.Variable
-    settled: keras.Variable | None = None
-
-    @property
-    def is_effective(self) -> bool:
-        """Whether the variable holds the effective kernel, during a call of a layer around the prunable one."""
-        return id(self.variable) in getattr(_calls, "effective", ())
-
-    def masked(self) -> Any:
-        """The kernel with zeros for masked weights, which get no gradient."""
-        kernel = _tensor(self.variable)
-        # `where`, not a product: a masked value may have become infinite and still must not count.
-        return ops.where(_tensor(self.mask), kernel, ops.zeros((), kernel.dtype))
-
-    def product(self, inputs: Any, training: bool | None) -> Any:
-        """`inputs @ masked()`, for one row for each sample."""
-        is_sparse = hasattr(inputs, "dense_shape")
-        if self.settled is None or not (training or is_sparse):
-            return ops.matmul(inputs, self.masked())
-        from keras_renorm.src.layers.product import masked_product, masked_rows
-
-        kernel, mask = _tensor(self.variable), _tensor(self.mask)
-        if is_sparse:
-            return ops.matmul(inputs, masked_rows(kernel, mask))
-        settled = _tensor(self.settled) if is_trusted(self) else None
-        return masked_product(ops.cast(inputs, kernel.dtype), kernel, mask, settled)
-
-    def effective(self) -> Any:
-        """The effective kernel: the masked kernel times the scale."""
-        if self.is_effective:
-            return _tensor(self.variable)
-        kernel = self.masked()
-        return kernel * ops.cast(self.scale, kernel.dtype)
-
-
-_training = threading.local()
-
-
-@contextlib.contextmanager
-def trusting(kernels: Collection[PrunableKernel]) -> Iterator[None]:
-    """Here `settled` of these kernels is believed: what is traced in this thread looks at it."""
-    before, _training.trusted = getattr(_training, "trusted", ()), kernels
-    try:
-        yield
-    finally:
-        _training.trusted = before
-
-
-def is_trusted(kernel: PrunableKernel) -> bool:
-    return any(kernel is one for one in getattr(_training, "trusted", ()))
 
 
 class _RecordingScope(keras.StatelessScope):
@@ -126,38 +62,29 @@ class PrunableLayer:
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self._set_pruning(pruning_schedule, criterion, pattern, group, renormalize, regrow)
+        self._set_pruning(PruningArguments(pruning_schedule, criterion, pattern, group, renormalize, regrow))
 
-    def _set_pruning(self, pruning_schedule, criterion, pattern, group, renormalize, regrow):
+    def _set_pruning(self, arguments: PruningArguments) -> None:
         # Keras is extended when there is a prunable layer, not by an import.
         from keras_renorm.src.layers.plain_weights import accept_plain_weights
 
         accept_plain_weights()
         if getattr(self, "lora_rank", None):
             self.enable_lora(self.lora_rank)
-        self.pruning_schedule = schedules.get(pruning_schedule)
-        self.criterion = criteria.get(criterion)
-        self.pattern = patterns.get(pattern)
-        self.group = validation.check_choice(group, names.GROUPS, "group")
-        self.renormalize = renorm.get(renormalize, group)
-        self.pattern.check(getattr(self.pruning_schedule, "max_sparsity", 0.0), group)
-        self.regrow = validation.check_choice(regrow, (True, False), "regrow")
+        for name, value in vars(arguments.resolve()).items():
+            setattr(self, name, value)
         self.masked_kernels = ()
         self.goal: schedules.Goal | None = None
         self._count = None
 
-    # Whether `call` uses kernels by `product`, so that they can be settled.
-    _settles = False
+    # Whether `call` uses the kernel by `PrunableKernel.product`, which need not apply the mask of a settled kernel.
+    can_settle = False
 
-    def become_prunable(self, **arguments: Any) -> None:
-        """Add masks to a copy of a built plain layer whose class was changed to this one.
-
-        Args:
-            **arguments: all arguments of `__init__`.
-        """
+    def become_prunable(self, arguments: PruningArguments) -> None:
+        """Add masks to a copy of a built plain layer whose class was changed to this one."""
         # Keras lets no layer that is built have more variables.
         unlock_variables(self)
-        self._set_pruning(**arguments)
+        self._set_pruning(arguments)
         self._add_masks(self)
         lock_variables(self)
 
@@ -181,19 +108,14 @@ class PrunableLayer:
             )
             scale = self.add_weight(
                 name=f"{prefix}scale",
-                shape=_scale_shape(kernel),
+                shape=scale_shape(kernel),
                 dtype="float32",
                 initializer="ones",
                 trainable=False,
             )
-            # Not a weight of the layer: it holds for a training that is under way. JAX would take it for a constant, and
-            # PyTorch cannot compile gradients of one's own.
-            settled = None
-            if self._settles and keras.backend.backend() == "tensorflow":
-                settled = keras.Variable("zeros", shape=(), dtype="bool", trainable=False, name=f"{prefix}settled")
-            masked.append(PrunableKernel(kernel.variable, kernel.input_axes, mask, scale, settled))
+            masked.append(PrunableKernel(kernel.variable, kernel.input_axes, mask, scale))
             if kernel.variable.regularizer is not None:
-                kernel.variable.regularizer = _OfEffectiveKernel(kernel.variable.regularizer, masked[-1])
+                kernel.variable.regularizer = OfEffectiveKernel(kernel.variable.regularizer, masked[-1])
         self.pruning_step = self.add_weight(
             name="pruning_step", shape=(), dtype="int32", initializer=keras.initializers.Constant(NEVER), trainable=False
         )
@@ -203,7 +125,7 @@ class PrunableLayer:
         """Call `function`, which reads the variables of `layer`, with effective kernels in place of the kernels."""
         kernels = [*self.masked_kernels, *self._adopted_kernels(layer)]
         effective = {id(kernel.variable): kernel.effective() for kernel in kernels}
-        variables = layer.variables + layer.metrics_variables
+        variables = without_added(layer.variables + layer.metrics_variables, [self])
         if len(effective.keys() & {id(variable) for variable in variables}) < len(effective):
             raise ValueError(
                 f"Layer '{layer.name}' no longer has the kernels that its masks were made for: it was quantized or rebuilt. "
@@ -215,13 +137,8 @@ class PrunableLayer:
             collect_losses=True,
             initialize_variables=False,
         )
-        outer = getattr(_calls, "effective", ())
-        _calls.effective = {*outer, *effective}
-        try:
-            with scope:
-                outputs = function(*args, **kwargs)
-        finally:
-            _calls.effective = outer
+        with holding_effective(effective), scope:
+            outputs = function(*args, **kwargs)
         for variable in scope.updated:
             variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
@@ -374,13 +291,6 @@ class PrunableLayer:
         }
 
 
-PRUNING_ARGUMENTS = tuple(
-    name
-    for name, parameter in inspect.signature(PrunableLayer.__init__).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-)
-
-
 def drop_in(cls: type) -> type:
     """Class decorator: show the signature of the Keras layer, with the pruning arguments as keyword-only arguments after it."""
     plain = inspect.signature(cls.plain_class.__init__).parameters.values()
@@ -400,25 +310,6 @@ def sparsity_of(model: keras.Layer) -> float:
     """Fraction of zeros in all masks of a model."""
     counts = [layer.count_kept() for layer in prunable_layers(model)]
     return 1 - sum(kept for kept, _ in counts) / sum(size for _, size in counts)
-
-
-def plain_variables(layer: keras.Layer) -> list[keras.Variable]:
-    """The variables of a layer without masks, scales and steps: those of its plain counterpart, in its order."""
-    return without_added(layer.variables, prunable_layers(layer))
-
-
-def plain_weights(layer: keras.Layer) -> list[keras.Variable]:
-    """The weights of a layer without masks, scales and steps: what `set_weights` of its plain counterpart takes."""
-    return without_added(layer.weights, prunable_layers(layer))
-
-
-def reset_masks(layer: keras.Layer, variables: Sequence[keras.Variable]) -> None:
-    """Keep all weights of the kernels of a layer that are among `variables`, which were given plain values."""
-    loaded = {id(variable) for variable in variables}
-    for part in prunable_layers(layer):
-        kernels = [kernel for kernel in part.masked_kernels if id(kernel.variable) in loaded]
-        if kernels:
-            part.keep_all(kernels)
 
 
 def without_added(variables: Sequence[keras.Variable], layers: Sequence[PrunableLayer]) -> list[keras.Variable]:
@@ -451,35 +342,6 @@ def _load_plain(layer: PrunableLayer, variables: Sequence[keras.Variable], store
     layer.keep_all(layer.masked_kernels)
 
 
-def plain_values(layer: keras.Layer) -> list[Any]:
-    """The values of `plain_variables` with which the plain counterpart computes the same as `layer`."""
-    effective = {id(kernel.variable): kernel for part in prunable_layers(layer) for kernel in part.masked_kernels}
-    return [effective[id(v)].effective() if id(v) in effective else v for v in plain_variables(layer)]
-
-
 def _goal_from(values: np.ndarray) -> schedules.Goal:
     sparsity, last_event, sparsity_at_last_event, end_step, began = (float(value) for value in np.asarray(values))
     return schedules.Goal(sparsity, int(last_event), sparsity_at_last_event, int(end_step), int(began))
-
-
-def _scale_shape(kernel: Kernel) -> list[int]:
-    """The shortest shape that broadcasts against the kernel with one number for each unit: `(units,)` for a Dense kernel."""
-    shape = [1 if axis in kernel.input_axes else side for axis, side in enumerate(kernel.variable.shape)]
-    while len(shape) > 1 and shape[0] == 1:
-        shape.pop(0)
-    return shape
-
-
-def _tensor(variable: keras.Variable) -> Any:
-    """The value of a variable in the dtype of the computation. (`convert_to_tensor` may return the variable itself.)"""
-    return ops.cast(variable, variable.dtype)
-
-
-class _OfEffectiveKernel(keras.regularizers.Regularizer):
-    """The regularizer of the effective kernel, so that masked weights are neither penalized nor changed."""
-
-    def __init__(self, regularizer: Callable, kernel: PrunableKernel):
-        self.regularizer, self.kernel = regularizer, kernel
-
-    def __call__(self, variable):
-        return self.regularizer(self.kernel.effective())

@@ -13,12 +13,10 @@ import copy
 import functools
 import gc
 import inspect
-import itertools
 import random
 import sys
 import types
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -27,12 +25,19 @@ import numpy as np
 from keras_renorm.src.core import keras_internals
 from keras_renorm.src.core.arrays import for_another
 from keras_renorm.src.core.keras_internals import flatten_layers, inbound_nodes, outbound_nodes, raw_value
+from keras_renorm.src.models.captures import (
+    FOREIGN,
+    NEVER_CHANGES,
+    WRAPPED,
+    is_empty,
+    methods_of,
+    names_read,
+    part_within,
+    read_by,
+)
 
-_NEVER_CHANGES = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType)
 # Most of what there is, asked for first.
 _PLAIN_VALUES = frozenset({type(None), bool, int, float, str})
-# Objects of these packages hold nothing of a model, unless they are Keras' own classes.
-_FOREIGN = {"tensorflow", "tensorflow_text", "jax", "jaxlib", "torch", "numpy", "sentencepiece", "tokenizers"}
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 # TensorFlow's notes of what an object depends on are written anew.
 _OF_TENSORFLOW = {
@@ -40,8 +45,6 @@ _OF_TENSORFLOW = {
     *("_self_unconditional_deferred_dependencies", "_self_update_uid", "_self_name_based_restores"),
     "_self_saveable_object_factories",
 }
-# Methods that Keras wraps for each layer.
-_WRAPPED = ("build", "quantize")
 
 
 class Copier:
@@ -61,6 +64,7 @@ class Copier:
         self._originals: list = []
         self._shared: list = []
         self._methods_of: dict[type, dict[str, Callable]] = {}
+        self._kinds: dict[type, Callable[[Any], Any]] = {}
         # What is to be done, one after the other: fill objects, convert layers, connect calls, and what waits for all this.
         self._todo: collections.deque = collections.deque()
         self._conversions: list[tuple[keras.Layer, tuple[Callable, ...]]] = []
@@ -107,41 +111,49 @@ class Copier:
 
     def _copy(self, value: Any) -> Any:
         """Copy a value. Its contents may be filled in later, so that no depth of nesting is too deep."""
-        if type(value) in _PLAIN_VALUES or isinstance(value, _NEVER_CHANGES):
+        if type(value) in _PLAIN_VALUES:
             return value
         if id(value) in self.copies:
             return self.copies[id(value)]
-        if isinstance(value, keras.Variable):
-            return self._variable(value)
-        if isinstance(value, keras.Layer) and self._convert is not None:
-            other = self._convert(value, self)
-            if other is not None:
-                self.replace(value, other)
-                return other
-        if isinstance(value, keras.KerasTensor):
-            return self._made(value, _blank(value, {k: v for k, v in vars(value).items() if k != keras_internals.HISTORY}))
-        if isinstance(value, keras_internals.Node):
-            return self._node(value)
-        if isinstance(value, keras_internals.KerasSaveable):
-            return self._object(value)
-        if isinstance(value, (list, dict, set, collections.deque)):
-            return self._container(value)
-        if isinstance(value, (tuple, frozenset)):
-            return self._immutable(value)
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, types.MethodType):
-            owner, function = self._copy(value.__self__), self._copy(value.__func__)
-            return value if owner is value.__self__ and function is value.__func__ else types.MethodType(function, owner)
-        if isinstance(value, functools.partial):
-            return self._made(
-                value, functools.partial(*map(self._copy, (value.func, *value.args)), **self._values(value.keywords))
-            )
-        if isinstance(value, np.ndarray):
-            return self._made(value, value.copy())
-        if isinstance(value, _GENERATORS):
-            return self._made(value, copy.deepcopy(value))
-        return self._other(value)
+        if type(value) not in self._kinds:
+            self._kinds[type(value)] = self._kind_of(value)
+        return self._kinds[type(value)](value)
+
+    def _kind_of(self, value: Any) -> Callable[[Any], Any]:
+        """The method that copies values of a type."""
+        kinds = (
+            (NEVER_CHANGES, lambda value: value),
+            (keras.Variable, self._variable),
+            (keras.Layer, self._layer),
+            (keras.KerasTensor, self._symbolic),
+            (keras_internals.Node, self._node),
+            (keras_internals.KerasSaveable, self._object),
+            ((list, dict, set, collections.deque), self._container),
+            ((tuple, frozenset), self._immutable),
+            (types.FunctionType, self._function),
+            (types.MethodType, self._method),
+            (functools.partial, self._partial),
+            (np.ndarray, lambda value: self._made(value, value.copy())),
+            (_GENERATORS, lambda value: self._made(value, copy.deepcopy(value))),
+        )
+        # Not `issubclass`: TensorFlow's dicts only say that they are dicts.
+        return next((method for kind, method in kinds if isinstance(value, kind)), self._other)
+
+    def _layer(self, layer: keras.Layer) -> keras.Layer:
+        other = None if self._convert is None else self._convert(layer, self)
+        return self._object(layer) if other is None else self._made(layer, other)
+
+    def _symbolic(self, tensor: keras.KerasTensor) -> keras.KerasTensor:
+        state = {key: value for key, value in vars(tensor).items() if key != keras_internals.HISTORY}
+        return self._made(tensor, _blank(tensor, state))
+
+    def _method(self, method: types.MethodType) -> types.MethodType:
+        owner, function = self._copy(method.__self__), self._copy(method.__func__)
+        return method if owner is method.__self__ and function is method.__func__ else types.MethodType(function, owner)
+
+    def _partial(self, value: functools.partial) -> functools.partial:
+        args = [self._copy(one) for one in (value.func, *value.args)]
+        return self._made(value, functools.partial(*args, **self._values(value.keywords)))
 
     def _made(self, value: Any, result: Any) -> Any:
         self.replace(value, result)
@@ -185,14 +197,14 @@ class Copier:
             state = {key: item for key, item in state.items() if key not in _OF_TENSORFLOW}
             state |= self._methods(value, state)
         if isinstance(value, keras.Layer):
-            state = {key: item for key, item in state.items() if key not in _WRAPPED}
+            state = {key: item for key, item in state.items() if key not in WRAPPED}
         if (own := keras_internals.TORCH_PARAMETERS) in state.get("_modules", ()):
             # PyTorch's own list of the parameters is made anew.
             self._last.append(lambda: keras_internals.track_torch_parameters(new))
             state["_modules"] = {key: item for key, item in state["_modules"].items() if key != own}
         vars(new).update(self._values(state))
         if isinstance(value, keras.Layer):
-            vars(new).update({name: _rebound(vars(value)[name], value, new) for name in _WRAPPED if name in vars(value)})
+            vars(new).update({name: _rebound(vars(value)[name], value, new) for name in WRAPPED if name in vars(value)})
         if isinstance(value, keras.Function):
             self._copy_calls(value, new)
         if isinstance(value, keras_internals.Tracker):
@@ -201,13 +213,13 @@ class Copier:
             self._last.append(lambda: keras_internals.renew_indices(new))
         if isinstance(value, keras.Operation) and keras_internals.is_trackable(new):
             watched = [name for name, item in vars(value).items() if _is_watched_container(item)]
-            self._last.append(lambda: _track(new, watched))
+            self._last.append(lambda: track(new, watched))
 
     def _methods(self, value: Any, state: dict) -> dict:
         """Methods of a user's own classes that read parts of the model from the scope of the class."""
         cls = type(value)
         if cls not in self._methods_of:
-            self._methods_of[cls] = {name: one for name, one in _methods(cls).items() if self._captures(one)}
+            self._methods_of[cls] = {name: one for name, one in methods_of(cls).items() if self._captures(one)}
         return {
             name: types.MethodType(function, value) for name, function in self._methods_of[cls].items() if name not in state
         }
@@ -216,10 +228,12 @@ class Copier:
         kinds = (collections.OrderedDict, dict, list, set, collections.deque)
         kind = next(cls for cls in kinds if isinstance(value, cls))
         # TensorFlow's own lists and dicts note what happens to them.
-        own = type(value) if type(value).__module__.split(".")[0] not in _FOREIGN else kind
+        own = type(value) if type(value).__module__.split(".")[0] not in FOREIGN else kind
         new = self._made(value, own.__new__(own))
         if isinstance(new, collections.defaultdict):
             new.default_factory = value.default_factory
+        if not value and not hasattr(new, "__dict__"):
+            return new
 
         def fill():
             # Methods of a subclass may do more than to hold what they are given.
@@ -254,7 +268,7 @@ class Copier:
 
         def fill():
             for cell, old in zip(cells, function.__closure__ or ()):
-                if not _is_empty(old):
+                if not is_empty(old):
                     cell.cell_contents = self._copy(old.cell_contents)
             new.__defaults__ = self._copy(function.__defaults__)
             new.__kwdefaults__ = self._copy(function.__kwdefaults__)
@@ -266,10 +280,10 @@ class Copier:
         return new
 
     def _captures(self, function: Any) -> bool:
-        return any(True for _ in _read_by(function, lambda key: key in self._own or key in self.copies))
+        return any(True for _ in read_by(function, lambda key: key in self._own or key in self.copies))
 
     def _own_globals(self, function: types.FunctionType) -> list[str]:
-        return [name for name in _names(function.__code__) if id(function.__globals__.get(name)) in self._own]
+        return [name for name in names_read(function.__code__) if id(function.__globals__.get(name)) in self._own]
 
     def _copy_calls(self, function: keras.Function, new: keras.Function) -> None:
         """Copy the calls of a graph of operations, in the order in which each operation was called."""
@@ -317,7 +331,7 @@ class Copier:
     def _check_shared(self) -> None:
         """Raise if an object that could not be copied holds a part of the model."""
         for value in self._shared:
-            found = _reaches(value, self._own)
+            found = part_within(value, self._own)
             if found is not None:
                 raise ValueError(
                     f"{_describe(found)} is held by an object of type {type(value)}, which cannot be copied, so a copy of the "
@@ -361,7 +375,7 @@ def _is_watched_container(value: Any) -> bool:
     return isinstance(value, (list, dict)) and type(value).__module__.split(".")[0] == "tensorflow"
 
 
-def _track(layer: Any, watched: Iterable[str] = ()) -> None:
+def track(layer: Any, watched: Iterable[str] = ()) -> None:
     """Register the dependencies of a layer with TensorFlow, as setting attributes does: objects, lists and dicts."""
     import tensorflow as tf
 
@@ -379,72 +393,6 @@ def _note_readers(node: keras_internals.Node) -> None:
         operation = keras_internals.history_of(tensor).operation
         if operation is not None:
             outbound_nodes(operation).append(node)
-
-
-def _methods(cls: type) -> dict[str, types.FunctionType]:
-    """The methods of a class that are not Keras' own."""
-    return {
-        name: function
-        for base in reversed(cls.__mro__)
-        if base.__module__.split(".")[0] not in {"keras", "builtins", *_FOREIGN}
-        for name, function in vars(base).items()
-        if isinstance(function, types.FunctionType) and not name.startswith("__")
-    }
-
-
-def captured_by(operation: Any, parts: Mapping[int, Any]) -> list[Any]:
-    """Find what the functions of an operation read without holding it: by a closure, a default, or a global name.
-
-    Args:
-        operation: a layer or an operation.
-        parts: layers and variables that may be read, by `id`.
-    """
-    held = [value for name, value in vars(operation).items() if name not in _WRAPPED]
-    functions = [value for value in held if isinstance(value, (types.FunctionType, types.MethodType, functools.partial))]
-    found = {
-        key for function in (*functions, *_methods(type(operation)).values()) for key in _read_by(function, parts.__contains__)
-    }
-    return [parts[key] for key in found - {id(operation)}]
-
-
-def _read_by(function: Any, is_part: Callable[[int], bool]) -> Iterator[int]:
-    """The `id` of each part of a model that a function reads."""
-    stack, seen = [function], set()
-    while stack:
-        value = stack.pop()
-        if id(value) in seen or isinstance(value, _NEVER_CHANGES):
-            continue
-        seen.add(id(value))
-        if is_part(id(value)):
-            yield id(value)
-        elif isinstance(value, types.FunctionType):
-            stack += [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-            stack += [value.__defaults__, value.__kwdefaults__, vars(value)]
-            known = (value.__globals__.get(name) for name in _names(value.__code__))
-            stack += [one for one in known if is_part(id(one))]
-        elif isinstance(value, types.MethodType):
-            stack += [value.__self__, value.__func__]
-        elif isinstance(value, functools.partial):
-            stack += [value.func, value.args, value.keywords]
-        elif isinstance(value, (list, tuple, set)):
-            stack += list(value)
-        elif isinstance(value, dict):
-            stack += list(value.values())
-
-
-def _names(code: types.CodeType) -> Iterable[str]:
-    """The names of globals and attributes in a function and its inner functions."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is cell
-    except ValueError:
-        return True
 
 
 def _is_compiled(value: Any) -> bool:
@@ -476,70 +424,10 @@ def _is_plain_object(value: Any) -> bool:
         and cls.__reduce_ex__ is object.__reduce_ex__
         and not hasattr(cls, "__deepcopy__")
         and not any(getattr(base, "__slots__", ()) for base in cls.__mro__)
-        and cls.__module__.split(".")[0] not in _FOREIGN
+        and cls.__module__.split(".")[0] not in FOREIGN
         and object.__new__ is cls.__new__
     )
 
 
-def _reaches(value: Any, own: Collection[int], depth: int = 3) -> Any:
-    """A part of a model that an object holds, or `None`."""
-    level, seen = [value], {id(value)}
-    for _ in range(depth):
-        level = [
-            item
-            for item in itertools.chain.from_iterable(map(_held_by, level))
-            if not isinstance(item, _NEVER_CHANGES) and id(item) not in seen and not seen.add(id(item))
-        ]
-        for item in level:
-            if id(item) in own:
-                return item
-    return None
-
-
-def _held_by(value: Any) -> list[Any]:
-    """What an object holds; for a function what it captures, without all globals of its module."""
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-        return [*cells, value.__defaults__, value.__kwdefaults__, vars(value)]
-    return gc.get_referents(value)
-
-
 def _describe(value: Any) -> str:
     return f"Layer '{value.name}'" if isinstance(value, keras.Layer) else f"Variable '{value.path}'"
-
-
-def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...] = (), **changes) -> Any:
-    """A new layer (or operation) with the same config, or of another class, or with other arguments. It is not built.
-
-    Raises:
-        ValueError: if it cannot be created from its config.
-    """
-    cls = cls or type(operation)
-    parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else [operation]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The object being serialized includes a `lambda`")
-            config = {key: value for key, value in operation.get_config().items() if key not in without}
-        # Functions and classes that are not registered are at hand here, also lambdas.
-        functions = {key: getattr(operation, key, None) for key in config}
-        config.update({key: value for key, value in functions.items() if inspect.isfunction(value)})
-        if cls is keras.layers.Lambda:
-            return cls(**{**config, **changes, "output_shape": keras_internals.lambda_output_shape(operation)})
-        with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
-            return cls.from_config({**config, **changes})
-    except Exception as error:
-        raise ValueError(
-            f"Layer '{operation.name}' (of type {type(operation).__name__}) cannot be made anew from its config: {error} "
-            "Give it a `get_config()` with all arguments of its constructor, and register what it uses with "
-            "`@keras.saving.register_keras_serializable()`."
-        ) from error
-
-
-def exchange_variable(layer: keras.Layer, variable: keras.Variable, other: keras.Variable) -> None:
-    """Let a layer use another variable in place of one of its own."""
-    for name, value in list(vars(layer).items()):
-        if value is variable:
-            vars(layer)[name] = other
-    keras_internals.replace_variable(layer, variable, other)
-    if keras_internals.is_trackable(layer):
-        _track(layer)

@@ -21,7 +21,7 @@ from keras_renorm.src.core.keras_internals import (
     outputs_structure,
     takes_training,
 )
-from keras_renorm.src.models.copying import captured_by
+from keras_renorm.src.models.captures import captured_by
 
 L = keras.layers
 

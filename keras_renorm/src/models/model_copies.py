@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 
-from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.comparing import check_same
 from keras_renorm.src.models.copying import Copier
 
@@ -33,8 +32,6 @@ def copy_model(
     """
     copier = Copier(model, convert)
     new = copier.copy(model)
-    for kernel in (kernel for layer in prunable_layers(new) for kernel in layer.masked_kernels if kernel.settled is not None):
-        kernel.settled.assign(False)
     check_same(model, new, copier.copies, inputs=inputs)
     if model.compiled:
         compile_like(new, model)

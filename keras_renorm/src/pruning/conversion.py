@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,17 +12,18 @@ import keras
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.arrays import as_array, for_another
 from keras_renorm.src.core.keras_internals import flatten_layers
+from keras_renorm.src.layers.arguments import PRUNING_ARGUMENTS, PruningArguments
 from keras_renorm.src.layers.conv2d import PrunableConv2D
 from keras_renorm.src.layers.dense import PrunableDense
-from keras_renorm.src.layers.prunable import PRUNING_ARGUMENTS, PrunableLayer, plain_values, plain_variables, prunable_layers
+from keras_renorm.src.layers.plain_variables import plain_values, plain_variables
+from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers
 from keras_renorm.src.layers.wrapper import RenormalizedPruning
-from keras_renorm.src.models.copying import Copier, exchange_variable, with_config
+from keras_renorm.src.models.copying import Copier
 from keras_renorm.src.models.graph import users_of
 from keras_renorm.src.models.model_copies import copy_model
+from keras_renorm.src.models.rebuilding import exchange_variable, with_config
 from keras_renorm.src.pruning.delivery import shortfall
-from keras_renorm.src.pruning.selection import REBUILT, choose_layers, kernels_by_layer, outermost_layers
-from keras_renorm.src.rules import criteria
-from keras_renorm.src.runtimes.targets import choose_patterns
+from keras_renorm.src.pruning.selection import REBUILT, choose_with_patterns, kernels_by_layer, outermost_layers
 
 _DROP_IN = {cls.plain_class: cls for cls in (PrunableDense, PrunableConv2D)}
 
@@ -78,32 +80,23 @@ def to_prunable(
     """
     validation.check_model(model)
     _check_exchangeable(model)
-    pruning = dict(
-        pruning_schedule=pruning_schedule,
-        criterion=criteria.get(criterion),
-        group=group,
-        renormalize=renormalize,
-        regrow=regrow,
-    )
-    chosen, readers = _without_used_elsewhere(model, choose_layers(model, layers))
-    patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
-    chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
-    # Checks every argument before any work is done.
-    for one in patterns_of.values():
-        probe = keras.layers.Dense(1, name="checks_arguments")
-        RenormalizedPruning(probe, pattern=one or "unstructured", name="checks_arguments", **pruning)
+    chosen, patterns_of = choose_with_patterns(model, layers, pattern, target)
+    rules = PruningArguments(pruning_schedule, criterion, "unstructured", group, renormalize, regrow).resolve()
+    # Every argument is checked before any work is done.
+    rules_of = {key: dataclasses.replace(rules, pattern=one).resolve() for key, one in patterns_of.items()}
+    chosen, readers = _without_used_elsewhere(model, chosen)
 
     def convert(layer, copier):
         if id(layer) not in chosen and id(layer) not in readers:
             return None
         # What only reads another layer's kernel has no masks of its own.
-        arguments = dict(pruning, pattern=patterns_of.get(id(layer), "unstructured"))
+        arguments = rules_of.get(id(layer), rules)
         if type(layer) in _DROP_IN and id(layer) in chosen:
-            return copier.copy_as(layer, _DROP_IN[type(layer)], lambda new: new.become_prunable(**arguments))
+            return copier.copy_as(layer, _DROP_IN[type(layer)], lambda new: new.become_prunable(arguments))
         wrapper = keras.Layer.__new__(RenormalizedPruning)
 
         def wrap(inner):
-            wrapper.__init__(inner, name=layer.name, trainable=layer.trainable, **arguments)
+            wrapper.__init__(inner, name=layer.name, trainable=layer.trainable, **vars(arguments))
 
         def build(inner):
             wrapper.build_from_config(layer.get_build_config())

@@ -14,11 +14,11 @@ from keras_renorm.src.core.arrays import as_array
 from keras_renorm.src.core.moments import Moments
 from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
 from keras_renorm.src.models.channels.walks import Ties, find_ties
-from keras_renorm.src.pruning.selection import choose_layers, kernels_by_layer
+from keras_renorm.src.pruning.selection import choose_with_patterns, kernels_by_layer
 from keras_renorm.src.pruning.units import choose_tied_units, without_outputs
 from keras_renorm.src.rules import allocation as allocations
 from keras_renorm.src.rules import criteria, patterns, renorm
-from keras_renorm.src.runtimes.targets import by_name, choose_patterns, names_of, unique_names
+from keras_renorm.src.runtimes.targets import by_name, names_of, unique_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,8 @@ def resolve_request(
 ) -> Request:
     """Resolve the arguments of `prune` for a model without prunable layers; see there."""
     names_layers = isinstance(sparsity, dict)
-    chosen = choose_layers(model, list(sparsity) if names_layers else layers, "sparsity" if names_layers else "layers")
-    patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
-    chosen = {key: layer for key, layer in chosen.items() if patterns_of[key] is not None}
+    selected, argument = (list(sparsity), "sparsity") if names_layers else (layers, "layers")
+    chosen, patterns_of = choose_with_patterns(model, selected, pattern, target, argument)
     if layers is None and not names_layers:
         chosen = without_outputs(model, chosen, patterns_of)
     kernels = kernels_by_layer(model)

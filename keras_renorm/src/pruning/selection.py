@@ -11,7 +11,8 @@ import keras
 from keras_renorm.src.core.keras_internals import Functional, flatten_layers
 from keras_renorm.src.layers.kernels import Kernel, find_kernels
 from keras_renorm.src.layers.prunable import PrunableLayer
-from keras_renorm.src.runtimes.targets import is_named, names_of
+from keras_renorm.src.rules.patterns import Pattern
+from keras_renorm.src.runtimes.targets import choose_patterns, is_named, names_of
 
 # Classes whose layers can be exchanged from outside.
 REBUILT = (keras.Sequential, Functional)
@@ -55,8 +56,18 @@ def choose_layers(model: keras.Model, layers: Any, argument: str = "layers") -> 
             reason = f"No layer was chosen. Its layers are: {[layer.name for layer in candidates]}."
         raise ValueError(f"Model '{model.name}' has nothing to prune. Received: {argument}={layers!r}. {reason}")
     if refused:
-        warnings.warn(f"Left as they are: {'; '.join(refused)}.", stacklevel=3)
+        warnings.warn(f"Left as they are: {'; '.join(refused)}.", stacklevel=4)
     return chosen
+
+
+def choose_with_patterns(
+    model: keras.Model, layers: Any, pattern: Any, target: str | None, argument: str = "layers"
+) -> tuple[dict[int, keras.Layer], dict[int, Pattern]]:
+    """Choose the layers to prune and the pattern of each, both by the `id` of the layer; see `choose_layers`."""
+    chosen = choose_layers(model, layers, argument)
+    patterns_of = choose_patterns(pattern, target, model, list(chosen.values()))
+    kept = [key for key in chosen if patterns_of[key] is not None]
+    return {key: chosen[key] for key in kept}, {key: patterns_of[key] for key in kept}
 
 
 def _selects(selector: Any, layer: keras.Layer, names: list[str]) -> bool:

@@ -15,7 +15,8 @@ import keras
 from keras import ops
 
 from keras_renorm.src.core.keras_internals import trained_variables
-from keras_renorm.src.layers.prunable import PrunableKernel, is_trusted, prunable_layers, trusting
+from keras_renorm.src.layers.prunable import PrunableLayer, prunable_layers
+from keras_renorm.src.layers.prunable_kernel import PrunableKernel, asking_flags, flag_of
 from keras_renorm.src.training.optimizers.wrapper import OptimizerWrapper
 
 # Their steps are zero for a weight whose value, gradient and memory are zero. Those of Muon and Lamb mix a kernel's weights.
@@ -32,101 +33,118 @@ _WEIGHT_BY_WEIGHT = {
 }
 
 
-class GuardedTrainFunction:
+class SettlingTrainFunction:
     """A `train_function` of a model, within which settled kernels are used without their masks.
 
-    Kernels are settled for the batches of one iterator, trained by one optimizer. `fit` has an iterator of its own, so that
-    nothing of an interrupted `fit` remains valid in a later one; `compile` makes another `train_function`.
+    A kernel is settled if its masked values are zero and remain zero in the steps to come. A flag for each kernel says so. The
+    flags belong to this function: no other function, and no other call of a layer, asks them. Kernels are settled for the
+    batches of one iterator, trained by one optimizer. `fit` has an iterator of its own, so that nothing of an interrupted `fit`
+    remains valid in a later one; `compile` makes another `train_function`.
 
     Args:
         model: the model that it trains.
-        function: the original train function.
+        function: the original train function, not traced yet.
     """
 
     def __init__(self, model: keras.Model, function: Callable):
         self._model, self._function = model, function
-        self._kernels = _kernels(model)
+        self._kernels = {id(kernel.variable): (kernel, layer) for layer, kernel in _kernels_that_settle(model)}
+        with model.distribute_strategy.scope():
+            self._flags = {
+                key: keras.Variable("zeros", shape=(), dtype="bool", trainable=False, name="settled") for key in self._kernels
+            }
         self._seen = self._settled_for = None
 
     def __call__(self, iterator: Any) -> Any:
         self._seen = weakref.ref(iterator)
         if self._settled_for is not None and not self._holds(iterator):
-            unsettle(self._model)
-            self._settled_for = None
-        with trusting(self._kernels):
+            self.unsettle()
+        with asking_flags(self._flags):
             return self._function(iterator)
 
-    def settled(self) -> None:
-        """Settle the kernels from now on, for the iterator of the last batch."""
-        self._settled_for = self._seen, innermost(self._model.optimizer)
+    def settle(self) -> None:
+        """Settle the kernels that can be, for the iterator of the last batch."""
+        optimizer = innermost(self._model.optimizer)
+        if type(optimizer) not in _WEIGHT_BY_WEIGHT:
+            return
+        for key, (kernel, layer) in self._kernels.items():
+            slots = _slots(optimizer, kernel)
+            if slots is None or layer.regrow or kernel.variable.constraint is not None:
+                continue
+            mask = ops.convert_to_tensor(kernel.mask)
+            for variable in (kernel.variable, *slots):
+                variable.assign(ops.where(mask, variable, ops.zeros((), variable.dtype)))
+            self._flags[key].assign(True)
+            for variable in (kernel.variable, kernel.mask):
+                variable.assign = functools.partial(self._assign, kernel, variable)
+        self._settled_for = self._seen, optimizer
+
+    def unsettle(self) -> None:
+        """Let training steps apply all masks again."""
+        for kernel, _ in self._kernels.values():
+            self._unsettle(kernel)
+        self._settled_for = None
+
+    def is_settled(self, kernel: PrunableKernel) -> bool:
+        """Whether the mask of a kernel is left out now."""
+        flag = self._flags.get(id(kernel.variable))
+        return flag is not None and bool(ops.convert_to_numpy(flag))
 
     def _holds(self, iterator: Any) -> bool:
         reference, optimizer = self._settled_for
         return reference() is iterator and innermost(self._model.optimizer) is optimizer
 
+    def _assign(self, kernel: PrunableKernel, variable: keras.Variable, value: Any) -> Any:
+        """`variable.assign(value)` while a kernel is settled."""
+        if flag_of(kernel) is not self._flags[id(kernel.variable)]:
+            # Not by the optimizer, in a step of this function.
+            self._unsettle(kernel)
+        return type(variable).assign(variable, value)
+
+    def _unsettle(self, kernel: PrunableKernel) -> None:
+        import tensorflow as tf
+
+        with tf.init_scope():
+            self._flags[id(kernel.variable)].assign(False)
+        for variable in (kernel.variable, kernel.mask):
+            vars(variable).pop("assign", None)
+
 
 def guard(model: keras.Model) -> None:
-    """Let a model train with a function in which kernels can be settled. (A function that is traced already applies masks.)"""
-    settles = any(kernel.settled is not None for kernel in _kernels(model))
-    if settles and callable(model.train_function) and not isinstance(model.train_function, GuardedTrainFunction):
-        model.train_function = GuardedTrainFunction(model, model.train_function)
+    """Let a model train with a function in which kernels can be settled. (A function that is traced already applies masks.)
+
+    Nothing changes for a model with its own `train_step`, or without layers that can settle.
+    """
+    if type(model).train_step is not keras.Model.train_step or not callable(model.train_function):
+        return
+    if _kernels_that_settle(model) and not isinstance(model.train_function, SettlingTrainFunction):
+        model.train_function = SettlingTrainFunction(model, model.train_function)
 
 
 def settle(model: keras.Model) -> None:
     """Set masked values, and what the optimizer stores for them, to zero, so that training steps need not apply the masks.
 
     Not settled are kernels with a constraint, kernels whose weights may come back (`regrow=True`), kernels of optimizers that
-    would not keep the zeros, and all kernels of a model with its own `train_step`. A kernel is no longer settled once it or its
-    mask is assigned.
+    would not keep the zeros, and all kernels of a model that is not guarded. A kernel is no longer settled once it or its mask
+    is assigned.
 
     Args:
         model: a model that is being trained.
     """
-    optimizer = innermost(getattr(model, "optimizer", None))
-    function = getattr(model, "train_function", None)
-    if type(optimizer) not in _WEIGHT_BY_WEIGHT or type(model).train_step is not keras.Model.train_step:
-        return
-    if not isinstance(function, GuardedTrainFunction):
-        return
-    for layer in prunable_layers(model):
-        for kernel in layer.masked_kernels:
-            slots = _slots(optimizer, kernel)
-            if kernel.settled is None or slots is None or layer.regrow or kernel.variable.constraint is not None:
-                continue
-            mask = ops.convert_to_tensor(kernel.mask)
-            for variable in (kernel.variable, *slots):
-                variable.assign(ops.where(mask, variable, ops.zeros((), variable.dtype)))
-            kernel.settled.assign(True)
-            for variable in (kernel.variable, kernel.mask):
-                variable.assign = functools.partial(_assign_and_unsettle, kernel, variable)
-    function.settled()
-
-
-def _assign_and_unsettle(kernel: PrunableKernel, variable: keras.Variable, value: Any) -> Any:
-    """`variable.assign(value)` while a kernel is settled."""
-    if not is_trusted(kernel):
-        _unsettle_kernel(kernel)
-    return type(variable).assign(variable, value)
+    if isinstance(getattr(model, "train_function", None), SettlingTrainFunction):
+        model.train_function.settle()
 
 
 def unsettle(model: keras.Model) -> None:
     """Let training steps apply the masks again, since kernels may change from now on."""
-    for kernel in _kernels(model):
-        if kernel.settled is not None:
-            _unsettle_kernel(kernel)
+    if isinstance(getattr(model, "train_function", None), SettlingTrainFunction):
+        model.train_function.unsettle()
 
 
-def _kernels(model: keras.Model) -> list[PrunableKernel]:
-    return [kernel for layer in prunable_layers(model) for kernel in layer.masked_kernels]
-
-
-def _unsettle_kernel(kernel: PrunableKernel) -> None:
-    import tensorflow as tf
-
-    with tf.init_scope():
-        kernel.settled.assign(False)
-    for variable in (kernel.variable, kernel.mask):
-        vars(variable).pop("assign", None)
+def _kernels_that_settle(model: keras.Model) -> list[tuple[PrunableLayer, PrunableKernel]]:
+    if keras.backend.backend() != "tensorflow":
+        return []
+    return [(layer, kernel) for layer in prunable_layers(model) if layer.can_settle for kernel in layer.masked_kernels]
 
 
 def innermost(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer | None:

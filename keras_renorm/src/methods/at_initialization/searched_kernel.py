@@ -8,7 +8,8 @@ from keras import ops
 from keras_renorm.src.core import validation
 from keras_renorm.src.kernels import masks
 from keras_renorm.src.kernels.events import effective, in_float, new_scale
-from keras_renorm.src.layers.prunable import PrunableKernel, PrunableLayer
+from keras_renorm.src.layers.prunable import PrunableLayer
+from keras_renorm.src.layers.prunable_kernel import PrunableKernel
 from keras_renorm.src.training.optimizers.recorder import Recorder
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.layers.prunable import PrunableLayer
-from keras_renorm.src.models.copying import with_config
 from keras_renorm.src.models.graph import ELEMENTWISE_ACTIVATIONS, GraphCall
+from keras_renorm.src.models.rebuilding import with_config
 
 # Whether a channel is needed, read or kept: bool for each channel. Its value where it is constant: float, NaN where it varies.
 Flags = np.ndarray
