@@ -248,10 +248,14 @@ def test_layers_after_a_pruned_one_are_fitted_and_those_before_are_not():
     assert [row.layer for row in only.pruning_report.rows] == ["b"]
 
 
-def test_a_sum_makes_up_for_what_its_other_operands_lost():
+ADDED = {"layer": L.Add(), "operator": lambda pair: pair[0] + pair[1], "function": lambda pair: ops.add(x1=pair[0], x2=pair[1])}
+
+
+@pytest.mark.parametrize("added", ADDED.values(), ids=ADDED)
+def test_a_sum_makes_up_for_what_its_other_operands_lost(added):
     inputs = keras.Input((8,))
     broken, whole = L.Dense(8, name="broken")(inputs), L.Dense(8, name="whole")(inputs)
-    model = keras.Model(inputs, L.Dense(3, name="last")(L.Add()([broken, L.Dense(8, name="after")(L.ReLU()(whole))])))
+    model = keras.Model(inputs, L.Dense(3, name="last")(added([broken, L.Dense(8, name="after")(L.ReLU()(whole))])))
     samples = samples_for(model)
     pruned = prune(model, {"broken": 0.9}, samples)
 
@@ -261,6 +265,15 @@ def test_a_sum_makes_up_for_what_its_other_operands_lost():
     alone = prune(model, {"broken": 0.9}, samples, renormalize=Alone())
     # The last layer reads the sum alone, so little of what is missing there can be mended behind it.
     assert distance(model, pruned, samples) < 0.95 * distance(model, alone, samples)
+
+
+@pytest.mark.parametrize("constant", [2.0, np.arange(8, dtype="float32")], ids=["number", "vector"])
+def test_a_sum_with_a_constant_is_left_alone(constant):
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, L.Dense(3)(L.Dense(8, name="broken")(inputs) + constant))
+    samples = samples_for(model)
+    plain = kr.prune(model, {"broken": 0.9}, renormalize=None)
+    assert distance(model, prune(model, {"broken": 0.9}, samples), samples) < distance(model, plain, samples)
 
 
 def test_a_sum_that_broadcasts_is_left_alone():

@@ -730,3 +730,24 @@ def test_the_law(name):
     assert not np.array_equal(values[0], small.get_layer("a").get_weights()[0])
     # What is trained is the small model alone.
     assert all(np.array_equal(one, ops.convert_to_numpy(other)) for one, other in zip(before, model.variables, strict=True))
+
+
+ATTRIBUTES = {
+    "geometry": ((7, 7), True),
+    "nested geometry": (((1, 2), [3]), True),
+    "values": ([0.0] * 8, False),
+    "array": (np.ones((1, 8)), False),
+    "shape": ((None, 8), False),
+    "nested shape": ({"shape": [(None, 1, 8)]}, False),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_that_is_not_known_counts_if_it_may_hold_a_value_for_each_channel(name):
+    value, shrinks = ATTRIBUTES[name]
+    layer = L.Dense(8, name="a")
+    # As a later release of Keras may set.
+    object.__setattr__(layer, "new_attribute", value)
+    model = randomize(keras.Sequential([keras.Input((5,)), layer, L.Dense(3, name="b")]))
+    kill(layer, slice(1, None, 2))
+    assert (kr.compact(model).count_params() < model.count_params()) == shrinks

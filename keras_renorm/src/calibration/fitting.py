@@ -39,7 +39,7 @@ PIECE = 2**24
 def prune_calibrated(
     dense: keras.Model,
     pruned: keras.Model,
-    twins: list[tuple[keras.Layer, keras.Layer]],
+    twins: list[tuple[keras.Operation, keras.Operation]],
     plans: dict[int, KernelPlan],
     rules: PruningRules,
     samples: Samples,
@@ -52,7 +52,7 @@ def prune_calibrated(
     Args:
         dense: the model, which is not changed.
         pruned: its copy.
-        twins: the layers of both, at any depth, in pairs.
+        twins: the layers of both, at any depth, in pairs, and the operations that are sums.
         plans: the kernels to prune, by the `id` of their variable in `pruned`.
         rules: how to prune.
         samples: the calibration samples.

@@ -22,18 +22,23 @@ from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
 
 @dataclasses.dataclass(frozen=True)
 class KernelStatistics:
-    """The statistics of a kernel, and the matrix product that it belongs to."""
+    """The statistics of a kernel, and the matrix product that it belongs to.
+
+    Args:
+        part: the matrix product.
+        statistics: an instance of a subclass of `Statistics`.
+    """
 
     part: LinearPart
     statistics: Any
 
     @property
     def matrix(self) -> np.ndarray:
-        """The kernel, shape `(groups, inputs, units)`."""
+        """The kernel as a float64 array of shape `(groups, inputs, units)`."""
         return self.part.view.to_matrix(ops.convert_to_numpy(self.part.kernel).astype(np.float64))
 
     def to_kernel(self, matrix: np.ndarray) -> np.ndarray:
-        """Back from that shape to the kernel's."""
+        """Map an array of the shape of `matrix` to an array of the shape of the kernel."""
         return self.part.view.to_kernel(matrix, tuple(self.part.kernel.shape))
 
 

@@ -24,6 +24,9 @@ def loss_gradients(model: keras.Model, batch: tuple, variables: Sequence[keras.V
         batch: `(x, y)` or `(x, y, sample_weight)`.
         variables: variables of the model.
 
+    Returns:
+        An array for each variable, of its shape.
+
     Raises:
         ValueError: if the model has no loss, or the backend cannot compute gradients.
     """

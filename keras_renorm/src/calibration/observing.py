@@ -12,9 +12,15 @@ import keras
 
 @dataclasses.dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer: its first argument, and its outputs before the activation."""
+    """One call of a layer or an operation.
 
-    layer: keras.Layer
+    Args:
+        layer: the layer or operation.
+        inputs: the first argument of a layer; all arguments of an operation.
+        outputs: its outputs before the activation.
+    """
+
+    layer: keras.Operation
     inputs: Any
     outputs: Any
 
@@ -24,7 +30,7 @@ class _Enough(BaseException):
 
 
 def observe(
-    run: Callable[[], Any], layers: Sequence[keras.Layer], calls: int | None = None, outputs: bool = True
+    run: Callable[[], Any], layers: Sequence[keras.Operation], calls: int | None = None, outputs: bool = True
 ) -> list[LayerCall]:
     """Run a function and return the calls of some layers in it.
 
@@ -32,7 +38,7 @@ def observe(
 
     Args:
         run: calls the layers, such as a forward pass.
-        layers: the layers to observe, at any depth.
+        layers: the layers and operations to observe, at any depth.
         calls: number of calls after which to stop. Defaults to `None`: run to the end.
         outputs: whether the outputs are needed. If not, the last call is not executed. Defaults to `True`.
 
@@ -45,7 +51,8 @@ def observe(
         original = layer.call
 
         def call(*args, **kwargs):
-            inputs = args[0] if args else next(iter(kwargs.values()))
+            inputs = (*args, *kwargs.values())
+            inputs = inputs[0] if isinstance(layer, keras.Layer) else inputs
             if not outputs and len(seen) + 1 == calls:
                 seen.append(LayerCall(layer, inputs, None))
                 raise _Enough

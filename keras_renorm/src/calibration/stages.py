@@ -17,16 +17,17 @@ from keras import ops
 from keras_renorm.src.calibration.observing import LayerCall, observe
 from keras_renorm.src.layers.kernel_plan import KernelPlan
 from keras_renorm.src.layers.linear import LinearPart, LinearView, linear_parts
+from keras_renorm.src.models.channels.table import is_sum
 
 L = keras.layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """An `Add` whose operand number `operand` is the output of a part."""
+    """A sum (a layer or an operation) whose operand number `operand` is the output of a part."""
 
-    dense: keras.Layer
-    pruned: keras.Layer
+    dense: keras.Operation
+    pruned: keras.Operation
     operand: int
 
 
@@ -47,7 +48,7 @@ class FittedPart:
             called several times.
         calls: number of calls in one forward pass.
         normalization: the BatchNormalization (dense, pruned) that takes exactly its output.
-        sum: the `Add` that takes its output, or that of its normalization, if this is the operand that is fitted last.
+        sum: the sum that takes its output, or that of its normalization, if this is the operand that is fitted last.
     """
 
     dense: keras.Layer
@@ -98,7 +99,7 @@ class FittedPart:
 
 def find_stages(
     dense: keras.Model,
-    twins: Sequence[tuple[keras.Layer, keras.Layer]],
+    twins: Sequence[tuple[keras.Operation, keras.Operation]],
     plans: dict[int, KernelPlan],
     batch: Any,
     refit: bool,
@@ -110,18 +111,19 @@ def find_stages(
 
     Args:
         dense: the dense model.
-        twins: the layers of both models, at any depth, in pairs.
+        twins: the layers of both models, at any depth, in pairs, and the operations that are sums.
         plans: the kernels to prune, by the `id` of their variable in the pruned model.
         batch: samples to run.
         refit: whether layers behind the first pruned layer are fitted, too.
     """
     candidates, sums = {}, {}
     for old, new in twins:
+        if is_sum(old):
+            sums.update({id(old): (old, new)} if refit else {})
+            continue
         products = _products(old, new, plans, refit)
         if products:
             candidates[id(old)] = (old, new, products)
-        elif refit and isinstance(old, L.Add):
-            sums[id(old)] = (old, new)
     calls = observe(lambda: dense(batch, training=False), [old for old, *_ in [*candidates.values(), *sums.values()]])
     of_layers: dict[int, list[FittedPart]] = {}
     for index, call in enumerate(calls):
@@ -235,13 +237,13 @@ def _output_is_linear(layer) -> bool:
 
 
 def _join_sums(parts: list[FittedPart], sums: dict, makers: dict[int, FittedPart], calls: list[LayerCall]) -> None:
-    """Let the operand of an `Add` that is fitted last correct the errors of the other operands."""
+    """Let the operand of a sum that is fitted last correct the errors of the other operands."""
     order = {id(part): index for index, part in enumerate(parts)}
     for call in calls:
         if id(call.layer) not in sums:
             continue
         made = [makers.get(id(tensor)) for tensor in call.inputs]
-        broadcast = len({tuple(tensor.shape) for tensor in call.inputs}) > 1
+        broadcast = len({tuple(np.shape(tensor)) for tensor in call.inputs}) > 1
         if broadcast or sum(other.layer is call.layer for other in calls) > 1:
             continue
         last = max((part for part in made if id(part) in order), key=lambda part: order[id(part)], default=None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from keras_renorm.src.core import names, validation
-from keras_renorm.src.rules import criteria, patterns, renorm, schedules
+from keras_renorm.src.core import validation
+from keras_renorm.src.layers.kernel_plan import resolve_rules
+from keras_renorm.src.rules import patterns, schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +34,11 @@ class PruningArguments:
         Raises:
             ValueError: if a name is not known, or two arguments do not go together.
         """
-        schedule = schedules.get(self.pruning_schedule)
-        pattern, group = patterns.get(self.pattern), validation.check_choice(self.group, names.GROUPS, "group")
-        pattern.check(getattr(schedule, "max_sparsity", 0.0), group)
-        return PruningArguments(
-            schedule,
-            criteria.get(self.criterion),
-            pattern,
-            group,
-            renorm.get(self.renormalize, group),
-            validation.check_choice(self.regrow, (True, False), "regrow"),
-        )
+        schedule, pattern = schedules.get(self.pruning_schedule), patterns.get(self.pattern)
+        rules = resolve_rules(self.criterion, self.group, self.renormalize)
+        pattern.check(getattr(schedule, "max_sparsity", 0.0), rules.group)
+        regrow = validation.check_choice(self.regrow, (True, False), "regrow")
+        return PruningArguments(schedule, rules.criterion, pattern, rules.group, rules.renormalize, regrow)
 
 
 PRUNING_ARGUMENTS = tuple(field.name for field in dataclasses.fields(PruningArguments))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_renorm.src.core import names, validation
+from keras_renorm.src.core.moments import Moments
+from keras_renorm.src.core.statistics import Statistics
+from keras_renorm.src.kernels.events import prune_kernel
 from keras_renorm.src.layers.kernels import Kernel
-from keras_renorm.src.rules import patterns, renorm
+from keras_renorm.src.rules import criteria, patterns, renorm
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion
 from keras_renorm.src.rules.criteria.magnitude import Magnitude
 from keras_renorm.src.rules.renorm import CalibratedRenormalizer
@@ -65,6 +70,16 @@ class PruningRules:
         return self.names.get(id(layer), layer.name)
 
     @property
+    def statistics(self) -> type[Statistics]:
+        """The statistics that the criterion needs of calibration samples."""
+        return getattr(self.criterion, "statistics", Moments)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the criterion needs samples with labels."""
+        return getattr(self.criterion, "needs_labels", False)
+
+    @property
     def fits(self) -> bool:
         """Whether the kept weights are fitted to calibration samples."""
         return isinstance(self.renormalize, CalibratedRenormalizer)
@@ -78,3 +93,44 @@ class PruningRules:
     def data_free_renormalize(self) -> Any:
         """The renormalizer for kernels that cannot be fitted to calibration samples."""
         return renorm.get("auto", self.group) if self.fits else self.renormalize
+
+
+def resolve_rules(criterion: Any, group: str, renormalize: Any, calibrated: bool = False) -> PruningRules:
+    """Resolve names and configs to objects.
+
+    Args:
+        criterion: what scores the weights.
+        group: `"layer"` or `"unit"`.
+        renormalize: what changes the kept weights.
+        calibrated: whether there are calibration samples. Defaults to `False`.
+
+    Raises:
+        ValueError: if a name is not known, or an argument needs calibration samples and there are none.
+    """
+    validation.check_choice(group, names.GROUPS, "group")
+    return PruningRules(criteria.get(criterion, calibrated), group, renorm.get(renormalize, group, calibrated))
+
+
+def prune_planned(
+    plan: KernelPlan, rules: PruningRules, values: np.ndarray, scored_by: Callable, **state: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the mask and the scales of a kernel at its sparsity, without assigning them.
+
+    Args:
+        plan: the kernel, its pattern and its sparsity.
+        rules: how to prune it.
+        values: the values of the kernel.
+        scored_by: callable `kernel -> scores`.
+        **state: the other arguments of `keras_renorm.src.kernels.events.prune_kernel`.
+    """
+    return prune_kernel(
+        values,
+        plan.sparsity,
+        scored_by,
+        plan.pattern,
+        rules.group,
+        rules.data_free_renormalize,
+        plan.kernel.input_axes,
+        description=plan.description,
+        **state,
+    )

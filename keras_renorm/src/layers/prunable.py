@@ -14,8 +14,8 @@ from keras import ops
 from keras_renorm.src.core import registry
 from keras_renorm.src.core.arrays import as_array
 from keras_renorm.src.core.keras_internals import flatten_layers, lock_variables, own_variables, unlock_variables
-from keras_renorm.src.kernels.events import prune_kernel
 from keras_renorm.src.layers.arguments import PRUNING_ARGUMENTS, PruningArguments
+from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules, prune_planned
 from keras_renorm.src.layers.kernels import find_kernels
 from keras_renorm.src.layers.prunable_kernel import OfEffectiveKernel, PrunableKernel, holding_effective, scale_shape
 from keras_renorm.src.rules import schedules
@@ -216,21 +216,11 @@ class PrunableLayer:
     def _compute_mask(
         self, masked: PrunableKernel, sparsity: float, read: np.ndarray | None, scores: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        kernel, mask, scale = (as_array(variable) for variable in (masked.variable, masked.mask, masked.scale))
-        return prune_kernel(
-            kernel,
-            sparsity,
-            self.criterion if scores is None else lambda kernel: scores,
-            self.pattern,
-            self.group,
-            self.renormalize,
-            masked.input_axes,
-            mask=mask,
-            scale=scale,
-            regrow=self.regrow,
-            read=read,
-            description=f"Kernel '{masked.variable.path}' of layer '{self.name}'",
-        )
+        values, mask, scale = (as_array(variable) for variable in (masked.variable, masked.mask, masked.scale))
+        plan = KernelPlan(self, masked, self.pattern, sparsity)
+        rules = PruningRules(self.criterion, self.group, self.renormalize)
+        scored_by = self.criterion if scores is None else lambda kernel: scores
+        return prune_planned(plan, rules, values, scored_by, mask=mask, scale=scale, regrow=self.regrow, read=read)
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(

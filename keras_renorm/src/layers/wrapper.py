@@ -1,3 +1,5 @@
+"""`RenormalizedPruning`: makes any layer prunable."""
+
 from __future__ import annotations
 
 import functools

@@ -153,7 +153,7 @@ def prune_iteratively(
         )
     if max_rounds is not None:
         validation.check_count(max_rounds, "max_rounds")
-    plan = rounds.Plan(
+    plan = rounds.RunPlan(
         fit=check_fit(fit, model),
         goal=Goal(metric, better, floor, tolerance),
         step=step,
@@ -180,8 +180,7 @@ def prune_iteratively(
     if by_data:
         settings["criterion"] = name_of(criterion)
     with contextlib.ExitStack() as stack:
-        labels = by_data and criterion.statistics.of == "gradients"
-        samples = stack.enter_context(Samples(calibration, model, batch_size, labels)) if by_data else None
+        samples = stack.enter_context(Samples(calibration, model, batch_size, criterion.needs_labels)) if by_data else None
 
         def prune(step):
             scores = _scores_by_data(pruned, criterion, samples) if by_data else _scores(pruned)

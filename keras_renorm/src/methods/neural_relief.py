@@ -159,7 +159,7 @@ def neural_relief(
         validation.check_share(value, argument)
     if floor is not None and tolerance is not None:
         raise ValueError(f"Pass `floor` or `tolerance`, not both. Received: floor={floor}, tolerance={tolerance}.")
-    plan = loop.Plan(
+    plan = loop.RunPlan(
         fit=check_fit(fit, model),
         goal=Goal(metric, direction(metric, mode), floor, tolerance),
         step=1.0,

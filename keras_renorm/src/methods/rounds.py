@@ -23,7 +23,7 @@ from keras_renorm.src.methods.run_state import State, copied, optimizer_variable
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The checked arguments of a run of rounds.
 
     Args:
@@ -50,7 +50,7 @@ class Plan:
 def run_rounds(
     model: keras.Model,
     prune: Callable[[float], dict[str, Any]],
-    plan: Plan,
+    plan: RunPlan,
     directory: str | os.PathLike | None = None,
     settings: Mapping[str, Any] | None = None,
     first: Callable[[], tuple[float, dict]] | None = None,
@@ -87,7 +87,7 @@ def run_rounds(
 def _run(
     model: keras.Model,
     prune: Callable[[float], dict[str, Any]],
-    plan: Plan,
+    plan: RunPlan,
     folder: RunFolder | None,
     first: Callable[[], tuple[float, dict]] | None,
     reset_optimizer: bool,
@@ -117,7 +117,7 @@ def _run(
     return state
 
 
-def _begin(model: keras.Model, plan: Plan, first: Callable[[], tuple[float, dict]] | None, began: str) -> State:
+def _begin(model: keras.Model, plan: RunPlan, first: Callable[[], tuple[float, dict]] | None, began: str) -> State:
     """Round 0: the dense model, which is trained unless `first` returns its metric."""
     goal = plan.goal
     keras.utils.set_random_seed(plan.seed)
@@ -139,7 +139,7 @@ def _begin(model: keras.Model, plan: Plan, first: Callable[[], tuple[float, dict
     return state
 
 
-def _play(model: keras.Model, prune: Callable[[float], dict], plan: Plan, state: State, fresh: list) -> Round | None:
+def _play(model: keras.Model, prune: Callable[[float], dict], plan: RunPlan, state: State, fresh: list) -> Round | None:
     """Prune and train once.
 
     Args:

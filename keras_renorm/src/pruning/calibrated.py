@@ -19,6 +19,7 @@ from keras_renorm.src.core.moments import Moments
 from keras_renorm.src.kernels.events import in_float, new_scale
 from keras_renorm.src.kernels.report import LayerReport, describe
 from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
+from keras_renorm.src.models.channels.table import is_sum
 from keras_renorm.src.pruning.data_free import prune_alone, prune_backwards, scale_limits
 from keras_renorm.src.pruning.plan import Plan
 from keras_renorm.src.pruning.units import silence_dead_units
@@ -40,11 +41,12 @@ def prune_with_samples(
     Returns:
         The rows of the report, notes, and the errors of the outputs.
     """
-    rules, statistics = plan.rules, plan.statistics
-    twins = [(layer, copies[id(layer)]) for layer in flatten_layers(dense, include_self=False)]
+    rules = plan.rules
+    layers = flatten_layers(dense, include_self=False)
+    twins = [(one, copies[id(one)]) for one in (*layers, *_sums_of_tensors(dense))]
     distance = OutputError(dense, samples)
     # Kernels that cannot be fitted may still be scored.
-    gathered = gather_statistics(pruned, samples, statistics) if statistics is not Moments else {}
+    gathered = gather_statistics(pruned, samples, rules.statistics) if rules.statistics is not Moments else {}
     rows = prune_calibrated(
         dense,
         pruned,
@@ -52,12 +54,19 @@ def prune_with_samples(
         {id(one.kernel.variable): one for one in plan.kernels},
         rules,
         samples,
-        gathered if plan.needs_labels else {},
+        gathered if rules.needs_labels else {},
         lambda unfitted: _prune_unfitted(unfitted, rules, gathered, lambda: distance(pruned)),
         verbose,
     )
     silence_dead_units(plan.kernels, plan.ties)
     return _unless_plain_is_nearer(pruned, twins, plan, rows, distance) if rules.fits else (rows, [], {})
+
+
+def _sums_of_tensors(model: keras.Model) -> list[keras.Operation]:
+    """The operations of a model that are written as `x + y`."""
+    functions = [part for part in flatten_layers(model) if isinstance(part, keras.Function)]
+    operations = [operation for function in functions for operation in function.operations]
+    return [one for one in operations if is_sum(one) and not isinstance(one, keras.Layer)]
 
 
 def _prune_unfitted(
@@ -91,7 +100,7 @@ def _prune_unfitted(
 
 def _unless_plain_is_nearer(
     pruned: keras.Model,
-    twins: list[tuple[keras.Layer, keras.Layer]],
+    twins: list[tuple[keras.Operation, keras.Operation]],
     plan: Plan,
     rows: list[LayerReport],
     distance: OutputError,
@@ -103,7 +112,8 @@ def _unless_plain_is_nearer(
     Returns:
         The rows of the report, notes on what was undone, and the errors of the outputs.
     """
-    variables = list({id(new): (old, new) for pair in twins for old, new in zip(*(one.weights for one in pair))}.values())
+    weights = [[getattr(one, "weights", ()) for one in pair] for pair in twins]
+    variables = list({id(new): (old, new) for pair in weights for old, new in zip(*pair)}.values())
 
     def values():
         return [as_array(new).copy() for _, new in variables]

@@ -10,9 +10,9 @@ import numpy as np
 from keras_renorm.src.calibration.gathering import KernelStatistics
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.arrays import as_array, masked
-from keras_renorm.src.kernels.events import in_float, new_scale, prune_kernel
+from keras_renorm.src.kernels.events import in_float, new_scale
 from keras_renorm.src.kernels.report import LayerReport, describe
-from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
+from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules, prune_planned
 from keras_renorm.src.layers.kernels import name_within
 from keras_renorm.src.models.channels.walks import walk_back
 from keras_renorm.src.pruning.plan import Plan
@@ -65,7 +65,7 @@ def prune_alone(
     elif plan.sparsity is None:
         if known is None:
             raise ValueError(
-                f"Criterion {criterion!r} cannot choose how many weights stay. {plan.description}: samples "
+                f"Criterion {criterion!r} cannot choose how many weights to keep. {plan.description}: samples "
                 "do not show what its inputs carry. Leave the layer out with `layers=`. Nothing was changed."
             )
         mask = known.to_kernel(criterion.select(known.matrix, known.statistics, None))
@@ -76,17 +76,7 @@ def prune_alone(
             scored_by = lambda kernel: scores  # noqa: E731
         else:
             criterion = scored_by = rules.data_free_criterion
-        mask, scale = prune_kernel(
-            values,
-            plan.sparsity,
-            scored_by,
-            plan.pattern,
-            rules.group,
-            renormalize,
-            axes,
-            read=read,
-            description=plan.description,
-        )
+        mask, scale = prune_planned(plan, rules, values, scored_by, read=read)
     kept = masked(values, mask)
     with np.errstate(over="ignore"):
         np.multiply(kept, scale, out=kept)

@@ -13,12 +13,13 @@ from keras_renorm.src.calibration.scaling import warn_of_odd_samples
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.keras_internals import flatten_layers
 from keras_renorm.src.kernels.report import LayerReport, PruningReport
+from keras_renorm.src.layers.kernel_plan import resolve_rules
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.model_copies import copy_model
 from keras_renorm.src.pruning.calibrated import prune_with_samples
 from keras_renorm.src.pruning.conversion import strip
 from keras_renorm.src.pruning.data_free import prune_without_samples
-from keras_renorm.src.pruning.plan import Plan, check_sparsity, make_plan, resolve_request, resolve_rules
+from keras_renorm.src.pruning.plan import Plan, check_sparsity, make_plan, resolve_request
 from keras_renorm.src.pruning.selection import outermost_layers
 from keras_renorm.src.pruning.units import notes_on_units
 from keras_renorm.src.rules import allocation as allocations
@@ -112,7 +113,7 @@ def prune(
     if prunable_layers(model):
         model = strip(model)
     request = resolve_request(model, rules, sparsity, pattern, allocation, layers, target)
-    with _calibration_set(calibration, model, batch_size, request.needs_labels) as samples:
+    with _calibration_set(calibration, model, batch_size, rules.needs_labels) as samples:
         pruned, copies = copy_model(model, inputs=_first_sample(samples))
         plan = make_plan(request, pruned, copies)
         if samples is None:

@@ -9,15 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm.src.core import names, validation
+from keras_renorm.src.core import validation
 from keras_renorm.src.core.arrays import as_array
-from keras_renorm.src.core.moments import Moments
 from keras_renorm.src.layers.kernel_plan import KernelPlan, PruningRules
 from keras_renorm.src.models.channels.walks import Ties, find_ties
 from keras_renorm.src.pruning.selection import choose_with_patterns, kernels_by_layer
 from keras_renorm.src.pruning.units import choose_tied_units, without_outputs
 from keras_renorm.src.rules import allocation as allocations
-from keras_renorm.src.rules import criteria, patterns, renorm
+from keras_renorm.src.rules import patterns
 from keras_renorm.src.runtimes.targets import by_name, names_of, unique_names
 
 
@@ -37,16 +36,6 @@ class Request:
     allocation: Callable
     patterns_of: dict[int, patterns.Pattern]
 
-    @property
-    def statistics(self) -> type:
-        """The statistics that the criterion needs of calibration samples."""
-        return getattr(self.rules.criterion, "statistics", Moments)
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether the criterion needs labels."""
-        return self.statistics.of == "gradients"
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -56,21 +45,11 @@ class Plan:
         kernels: the kernels to prune.
         rules: how to prune them.
         ties: the units of the model that are added to each other; `None` if no whole units are removed.
-        statistics: the statistics that the criterion needs of calibration samples.
-        needs_labels: whether the criterion needs labels.
     """
 
     kernels: list[KernelPlan]
     rules: PruningRules
     ties: Ties | None
-    statistics: type
-    needs_labels: bool
-
-
-def resolve_rules(criterion: Any, group: str, renormalize: Any, calibrated: bool) -> PruningRules:
-    """Resolve names and configs to objects."""
-    validation.check_choice(group, names.GROUPS, "group")
-    return PruningRules(criteria.get(criterion, calibrated), group, renorm.get(renormalize, group, calibrated))
 
 
 def resolve_request(
@@ -100,7 +79,7 @@ def check_sparsity(rules: PruningRules, sparsity: Any, pattern: Any, layers: Any
     """Raise `ValueError` if the sparsity is not possible with the other arguments of `prune`."""
     if isinstance(sparsity, dict) and layers is not None:
         raise ValueError("Pass either a dict as `sparsity` or `layers`, not both: the dict names the layers.")
-    _check_who_counts(rules, sparsity, pattern, target)
+    _check_count(rules, sparsity, pattern, target)
     for value in sparsity.values() if isinstance(sparsity, dict) else [] if sparsity is None else [sparsity]:
         validation.check_sparsity(value)
         if not isinstance(pattern, dict):
@@ -123,7 +102,7 @@ def make_plan(request: Request, pruned: keras.Model, copies: Mapping[int, Any]) 
     ties = find_ties(pruned) if any(one.by_units for one in kernels) else None
     if ties:
         kernels = choose_tied_units(kernels, ties, rules)
-    return Plan(kernels, rules, ties, request.statistics, request.needs_labels)
+    return Plan(kernels, rules, ties)
 
 
 def _plan_kernels(model: keras.Model, patterns_of: dict[keras.Layer, patterns.Pattern], request: Request) -> list[KernelPlan]:
@@ -141,17 +120,17 @@ def _plan_kernels(model: keras.Model, patterns_of: dict[keras.Layer, patterns.Pa
     return [KernelPlan(layer, kernel, patterns_of[layer], one) for (layer, kernel), one in zip(kernels, sparsities)]
 
 
-def _check_who_counts(rules: PruningRules, sparsity: Any, pattern: Any, target: str | None) -> None:
-    """Either the criterion decides how many weights are kept, or the sparsity does."""
+def _check_count(rules: PruningRules, sparsity: Any, pattern: Any, target: str | None) -> None:
+    """Raise unless exactly one of criterion and sparsity decides how many weights are kept."""
     if getattr(rules.criterion, "chooses_count", False):
         if sparsity is not None:
             raise ValueError(
-                f"Criterion {rules.criterion!r} chooses how many weights stay. Received: sparsity={sparsity!r}. "
+                f"Criterion {rules.criterion!r} chooses how many weights to keep. Received: sparsity={sparsity!r}. "
                 "Leave `sparsity` out, or the share."
             )
         if target is not None or isinstance(pattern, dict) or patterns.get(pattern) != patterns.Unstructured():
             raise ValueError(
-                f"Criterion {rules.criterion!r} chooses which weights go together. Received: pattern={pattern!r}, "
+                f"Criterion {rules.criterion!r} chooses which weights are removed together. Received: pattern={pattern!r}, "
                 f"target={target!r}. Leave `pattern` and `target` out, or the share."
             )
     elif sparsity is None:

@@ -55,7 +55,7 @@ def rule_of(call: GraphCall, live: Live | None = None) -> ChannelRule:
         or None in sizes
         or len(call.outputs) != 1
         or _has_other_weights(plain_layer(call.operation))
-        or _names_channels(plain_layer(call.operation))
+        or _names_channels(plain_layer(call.operation), set(sizes))
         or _draws_in_every_call(call)
     ):
         return ChannelRule(call, live)
@@ -63,6 +63,11 @@ def rule_of(call: GraphCall, live: Live | None = None) -> ChannelRule:
     if kind not in (ChannelRule, Attention, Recurrent) and not _has_only_inputs(call):
         return ChannelRule(call, live)
     return kind(call, live)
+
+
+def is_sum(operation: Any) -> bool:
+    """Whether a layer or an operation adds its inputs."""
+    return _kind(operation) in _SUMS
 
 
 def _kind(operation: Any) -> type:
@@ -79,22 +84,30 @@ def _has_other_weights(operation: Any) -> bool:
     )
 
 
-def _names_channels(operation: Any) -> bool:
-    """Whether an attribute may hold a value for each channel: a scale, a shape of noise, an initializer."""
+def _names_channels(operation: Any, sizes: set[int]) -> bool:
+    """Whether an attribute may hold a value for each channel, or their number: a scale, an initializer, a shape of noise.
+
+    Args:
+        operation: the layer or operation.
+        sizes: the numbers of channels of its inputs and outputs.
+    """
     parts = flatten_layers(operation) if isinstance(operation, keras.Layer) else (operation,)
     rules = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
     held = [item for part in parts for item in vars(part).items()]
     held += [item for _, value in held if isinstance(value, rules) for item in vars(value).items()]
-    return any(_is_sequence(value) for name, value in held if not (name in _GEOMETRY or name.startswith("_")))
+    return any(_has_side(value, sizes) for name, value in held if not (name in _GEOMETRY or name.startswith("_")))
 
 
-def _is_sequence(value: Any) -> bool:
-    if isinstance(value, (list, tuple, dict, set)):
-        return True
+def _has_side(value: Any, sizes: set[int]) -> bool:
+    """Whether a sequence or an array has as many items as there are channels along any axis, or contains their number."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return len(value) in sizes or any(_has_side(one, sizes) or (type(one) is int and one in sizes) for one in value)
     # Whether something is a tensor takes long to say.
     if value is None or isinstance(value, (bool, int, float, str, keras.Variable, keras.Layer)) or callable(value):
         return False
-    return (isinstance(value, np.ndarray) or ops.is_tensor(value)) and len(value.shape) > 0
+    return (isinstance(value, np.ndarray) or ops.is_tensor(value)) and not sizes.isdisjoint(value.shape)
 
 
 def _draws_in_every_call(call: GraphCall) -> bool:
@@ -168,7 +181,7 @@ def _concatenate(call: GraphCall) -> type | None:
     return Concatenated if call.operation.axis in (-1, rank - 1) else ChannelByChannel
 
 
-# Attributes of layers, initializers and constraints that are sequences and say nothing of single channels.
+# Attributes of layers, initializers and constraints that say nothing of single channels, whatever their length is.
 _GEOMETRY = {"axis", "call_signature_parameters", "cropping", "dilation_rate", "input_spec", "kernel_shape", "kernel_size"}
 _GEOMETRY |= {"masked_kernels", "padding", "partial_output_shape", "pool_size", "shared_axes", "size", "state_size", "strides"}
 _GEOMETRY |= {"target_shape"}
@@ -193,6 +206,9 @@ _ELEMENTWISE_OPERATIONS = operation_classes(
     *("Sqrt", "Exp", "Tanh", "Clip", "Relu", "Relu6", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "Silu", "Sigmoid"),
     *("LogSigmoid", "Softplus", "Softsign", "HardSigmoid", "HardSilu"),
 )
+
+
+_SUMS = {L.Add, *operation_classes("Add")}
 
 
 _KINDS: dict[type, Any] = {

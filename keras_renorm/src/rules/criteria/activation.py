@@ -1,3 +1,5 @@
+"""Criterion `"activation"`: weights times the norms of their inputs."""
+
 from __future__ import annotations
 
 import numpy as np

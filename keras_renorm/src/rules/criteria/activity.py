@@ -1,3 +1,5 @@
+"""Criterion `"activity"`: the activity of connections."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Criterion `"admm"`: the mask of a sparse least-squares fit."""
+
 from __future__ import annotations
 
 import numpy as np

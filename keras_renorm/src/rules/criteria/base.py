@@ -40,6 +40,11 @@ class CalibratedCriterion(Criterion):
     statistics: type[Statistics] = Moments
     chooses_count = False
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether samples must have labels."""
+        return self.statistics.of == "gradients"
+
     def __call__(self, matrix: np.ndarray, statistics: Any) -> np.ndarray:
         """Score the weights: an array of the shape of `matrix`. The highest scores are kept.
 

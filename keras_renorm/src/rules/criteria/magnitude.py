@@ -1,3 +1,5 @@
+"""Criterion `"magnitude"`: absolute values."""
+
 from __future__ import annotations
 
 import numpy as np

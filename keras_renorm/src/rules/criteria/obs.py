@@ -1,3 +1,5 @@
+"""Criterion `"obs"`: the optimal brain surgeon."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Criterion `"random"`: the baseline."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Criterion `"taylor"`: the first-order change of the loss."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The callback that writes sparsity to TensorBoard."""
+
 from __future__ import annotations
 
 import keras

@@ -1,3 +1,5 @@
+"""The callback that prunes during `fit`."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""Irrelevant-weight regularization, as an optimizer around another one."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""An optimizer that records gradients and first values while another one trains."""
+
 from __future__ import annotations
 
 from typing import Any

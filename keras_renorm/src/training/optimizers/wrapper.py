@@ -1,3 +1,5 @@
+"""The base class of optimizers around other optimizers."""
+
 from __future__ import annotations
 
 from typing import Any
