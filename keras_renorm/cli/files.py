@@ -36,7 +36,7 @@ def import_modules(names: Sequence[str]) -> None:
         except Exception as error:
             raise ValueError(
                 f"--import {name}: {type(error).__name__}: {error}. Pass the name of a module, without '.py', that is "
-                "installed or lies in this directory."
+                "installed or in this directory."
             ) from error
 
 
@@ -66,7 +66,7 @@ def load_model(path: pathlib.Path) -> keras.Model:
             damaged = archive.testzip()
     except Exception as error:
         # What a damaged archive makes of its reader is of many kinds.
-        raise ValueError(f"'{path}' is no whole Keras model: {_first_line(error)}. Copy or save it again.") from error
+        raise ValueError(f"'{path}' is not a complete Keras model: {_first_line(error)}. Copy or save it again.") from error
     if damaged:
         raise ValueError(f"'{path}' is damaged in its part '{damaged}'. Copy or save it again.")
     try:
@@ -85,7 +85,7 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
     except (KeyError, ValueError) as damage:
-        return f"It is no whole Keras model: {str(damage).strip(chr(34))}. Copy or save it again."
+        return f"It is not a complete Keras model: {str(damage).strip(chr(34))}. Copy or save it again."
     config.pop("compile_config", None)
     if unknown := list(dict.fromkeys(_unregistered(config))):
         return (
@@ -146,7 +146,7 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
                 f"'{path}' cannot be read as NumPy's arrays: {_first_line(error)}. Copy it again, or write it with `np.savez`."
             ) from error
         raise ValueError(
-            f"'{path}' is no file of plain arrays: what is in it may be Python objects, which could run code and are not "
+            f"'{path}' does not hold plain arrays. It may hold Python objects, which could run code and are not "
             "loaded. Save arrays of numbers: `np.savez('samples.npz', x=np.asarray(images, 'float32'))`."
         ) from error
     if single := [name for name, array in arrays.items() if np.ndim(array) == 0]:

@@ -70,7 +70,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
             if value.is_dir():
                 raise IsADirectoryError(f"'{value}' is a folder, not a file.")
             if value.exists() and not value.is_file():
-                raise OSError(f"'{value}' is a pipe or a device, not a file. Write what comes out of it to a file first.")
+                raise OSError(f"'{value}' is a pipe or a device, not a file. Write its contents to a file first.")
             with open(value, "rb"):
                 pass
     if "output" in arguments:
@@ -85,7 +85,7 @@ def _check_output(path: pathlib.Path, force: bool) -> None:
     if path.exists() and not path.is_file():
         raise OSError(f"'{path}' is a pipe or a device, not a file. Pass another -o.")
     if path.exists() and not force:
-        raise FileExistsError(f"'{path}' is there already. Pass --force to write over it, or another -o.")
+        raise FileExistsError(f"'{path}' exists already. Pass --force to write over it, or another -o.")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"'{path}' cannot be written: you have no permission to write to its folder.")
 

@@ -488,7 +488,7 @@ def test_a_layer_that_computes_something_else_is_pruned_without_data():
         (np.ones((0, 6), "float32"), "no samples"),
         (iter([]), "no samples"),
         (iter([np.ones((4, 6)), np.full((4, 6), np.nan)]), "NaN or infinity"),
-        (np.linspace(2e38, 3e38, 48, dtype="float32").reshape(8, 6), "gets or gives NaN or infinity for the samples"),
+        (np.linspace(2e38, 3e38, 48, dtype="float32").reshape(8, 6), "receives or returns NaN or infinity for the samples"),
     ],
 )
 def test_bad_samples_leave_the_model_alone(samples, message):
@@ -507,7 +507,7 @@ def test_a_layer_fed_with_infinity_is_named(kernel, renormalize):
     model = keras.Sequential([keras.Input((1,)), L.Dense(2, name="a"), L.Dense(1, name="b")])
     model.get_layer("a").kernel.assign([[3e38, 3e38]])
     model.get_layer("b").kernel.assign(kernel)
-    with pytest.raises(ValueError, match="Layer 'b' gets or gives NaN or infinity for the samples"):
+    with pytest.raises(ValueError, match="Layer 'b' receives or returns NaN or infinity for the samples"):
         prune(model, {"b": 0.5}, np.array([[10], [11]], "float32"), renormalize=renormalize)
 
 

@@ -449,7 +449,7 @@ def test_nothing_is_written_over_without_force(run, tmp_path):
     (tmp_path / "out.keras").write_text("precious")
     status, _, err = run("prune model.keras --sparsity 0.5 -o @out.keras")
     assert (status, (tmp_path / "out.keras").read_text()) == (1, "precious")
-    assert "is there already. Pass --force" in err
+    assert "exists already. Pass --force" in err
     assert run("prune model.keras --sparsity 0.5 --force -o @out.keras")[0] == 0
     assert kr.summary(keras.models.load_model(tmp_path / "out.keras")).sparsity == 0.5
 

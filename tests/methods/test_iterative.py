@@ -450,7 +450,7 @@ def test_two_runs_at_once(tmp_path):
 def test_a_damaged_state(tmp_path):
     prune(directory=tmp_path, max_rounds=1)
     (tmp_path / "run.json").write_text("")
-    with pytest.raises(ValueError, match="damaged state: '.*run.json' .*delete it .* to begin anew"):
+    with pytest.raises(ValueError, match="damaged state: '.*run.json' .*delete it .* to start again"):
         prune(directory=tmp_path, max_rounds=1)
 
 
@@ -499,7 +499,7 @@ def test_own_rules_have_the_same_name_in_every_process():
         (dict(verbose=7), "`verbose`"),
         (dict(metric="val_loss"), "not in the logs.*'val_loss'.*have: \\['loss'\\]"),
         (dict(fit=lambda model: None), "not in the logs.*none, but None"),
-        (dict(floor=1e-9), "does not hold the floor: after training, loss is .*floor=1e-09"),
+        (dict(floor=1e-9), "does not reach the floor: after training, loss is .*floor=1e-09"),
     ],
 )
 def test_bad_arguments(arguments, message):

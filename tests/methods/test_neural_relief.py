@@ -266,7 +266,7 @@ def test_table_and_plot():
         (dict(fit=lambda model: {"loss": 0.1}), "`evaluate` is needed.*'loss'"),
         (dict(metric="val_loss"), "`evaluate` is needed.*'val_loss'"),
         (dict(metric="accuracy"), "not measured by the model.*'accuracy'.*loss"),
-        (dict(floor=1e-9), "does not hold the floor: loss is .*floor=1e-09"),
+        (dict(floor=1e-9), "does not reach the floor: loss is .*floor=1e-09"),
         (dict(data=np.zeros((4, 3))), "wrong shape"),
         (dict(data=np.full((4, 8), np.nan)), "NaN"),
         (dict(rewind=sequential([L.Dense(2)])), "`rewind` must be a model of the same architecture"),

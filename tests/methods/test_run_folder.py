@@ -148,7 +148,7 @@ def test_damaged_states(damage, path):
     with pytest.raises(ValueError, match="damaged state") as error:
         read(path)
     assert str(error.value).startswith(f"Argument `directory` holds a damaged state: '{path / name}' ")
-    assert "or delete it (or pass another one) to begin anew" in str(error.value)
+    assert "or delete it (or pass another one) to start again" in str(error.value)
     assert names(path) == before
 
 

@@ -123,7 +123,7 @@ def test_scores(model, prunable):
     assert len(signed.get_legend().get_texts()) == 1
     with pytest.raises(ValueError, match="needs samples"):
         kr.plots.scores(model, criterion="obs")
-    with pytest.raises(ValueError, match="has no kernel that could be drawn"):
+    with pytest.raises(ValueError, match="has no kernel to draw"):
         kr.plots.scores(model.layers[1])
 
 

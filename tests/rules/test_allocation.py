@@ -194,7 +194,7 @@ def test_wrong_input():
     with pytest.raises(ValueError, match="`allocation` must give one count of kept weights a kernel"):
         allocate([np.ones(4), np.ones(4)], 0.5, lambda kernels, keep: [keep])
     for counts in ([np.nan, 2.0], [np.inf, 2.0], [-1.0, 5.0]):
-        with pytest.raises(ValueError, match="`allocation` must give one count of kept weights a kernel.*for 2 kernels"):
+        with pytest.raises(ValueError, match="`allocation` must return one number of kept weights for.*for 2 kernels"):
             allocate([np.ones(4), np.ones(4)], 0.5, lambda kernels, keep, counts=counts: counts)
     with pytest.raises(ValueError, match="`sparsity` must be a number in"):
         allocate([np.ones(4)], 1.0)

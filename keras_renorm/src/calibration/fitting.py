@@ -89,7 +89,7 @@ def prune_calibrated(
         warnings.warn(
             f"Argument `calibration` has few samples for layers {list(scarce)}: they saw one row (a sample, or a position in "
             f"it) for every {times:.1f} of their inputs, so their fit leans on the old weights. "
-            f"{int(np.ceil(2 * times))} times as many samples would do.",
+            f"{int(np.ceil(2 * times))} times as many samples would be enough.",
             stacklevel=3,
         )
     return reports
@@ -157,8 +157,8 @@ def _gain(part: FittedPart) -> np.ndarray:
 def _check_finite(part, moments):
     if not all(np.isfinite(one).all() for one in (moments.gram, moments.cross, moments.power)):
         raise ValueError(
-            f"Layer '{part.dense.name}' gets or gives NaN or infinity for the samples of argument `calibration`, so it cannot "
-            "be fitted. Check the samples' range and the model. Nothing was changed."
+            f"Layer '{part.dense.name}' receives or returns NaN or infinity for the samples of argument `calibration`, so it "
+            "cannot be fitted. Check the samples' range and the model. Nothing was changed."
         )
 
 

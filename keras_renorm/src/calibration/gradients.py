@@ -58,7 +58,7 @@ def check_loss(model: keras.Model) -> None:
     own = type(model).compute_loss is not keras.Model.compute_loss
     if not model.compiled or (getattr(model, "loss", None) is None and not own):
         raise ValueError(
-            f"Model '{model.name}' has no loss, of which gradients could be taken. Compile it with the loss of its training: "
+            f"Model '{model.name}' has no loss, so there are no gradients. Compile it with the loss of its training: "
             "`model.compile(loss=...)`. (`keras.models.load_model` restores it, unless it is called with `compile=False`.)"
         )
 
@@ -67,8 +67,8 @@ def _differentiator() -> Callable[[Callable, list], list]:
     backend = keras.backend.backend()
     if backend not in _DIFFERENTIATORS:
         raise ValueError(
-            f"Keras runs on the backend '{backend}', which gives no gradients. Set the environment's KERAS_BACKEND to one of "
-            f"{sorted(_DIFFERENTIATORS)}, or take a criterion that needs none."
+            f"Keras runs on the backend '{backend}', which does not compute gradients. Set the environment variable "
+            f"KERAS_BACKEND to one of {sorted(_DIFFERENTIATORS)}, or use another criterion."
         )
     return _DIFFERENTIATORS[backend]
 

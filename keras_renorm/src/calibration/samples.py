@@ -49,7 +49,7 @@ class Samples:
             endless = int(data.cardinality()) == -1
         if endless:
             raise ValueError(
-                "Argument `calibration` is a dataset without an end. Take a part of it, such as `dataset.take(10)`. "
+                "Argument `calibration` is an infinite dataset. Take a part of it, such as `dataset.take(10)`. "
                 f"Received: calibration={data!r}."
             )
         if leaves and all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in leaves):
@@ -95,7 +95,7 @@ class Samples:
                 yield batch, *rest
         if not count:
             raise ValueError(
-                "Argument `calibration` gave no samples. A generator gives its samples once: make a new one for each call."
+                "Argument `calibration` contains no samples. A generator can be read only once: create a new one for each call."
             )
 
     def __enter__(self) -> Samples:

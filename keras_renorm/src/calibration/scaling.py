@@ -23,14 +23,14 @@ def warn_of_odd_samples(model: keras.Model, samples: Samples, stacklevel: int = 
     constant = _constant_inputs(samples)
     if constant:
         warnings.warn(
-            f"The samples of argument `calibration` are all the same for input {constant}, so there is nothing to fit to. Pass "
-            "samples of what the model will see.",
+            f"The samples of argument `calibration` are all the same for input {constant}, so nothing can be fitted. Pass "
+            "typical inputs of the model.",
             stacklevel=stacklevel + 1,
         )
     elif (unlike := _what_is_unlike(model, next(iter(samples)))) is not None:
         warnings.warn(
-            f"The samples of argument `calibration` are not scaled like what model '{model.name}' was fed with: {unlike}. Pass "
-            "them in the model's own scaling, such as pixels in 0..1 or 0..255.",
+            f"The samples of argument `calibration` are not scaled like the inputs that model '{model.name}' was trained "
+            f"on: {unlike}. Pass them in the model's own scaling, such as pixels in 0..1 or 0..255.",
             stacklevel=stacklevel + 1,
         )
 

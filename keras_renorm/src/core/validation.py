@@ -78,7 +78,7 @@ def check_scores(scores: np.ndarray, mask: np.ndarray | None = None) -> None:
     """Raise `ValueError` if a score is NaN where `mask` is `True` (`None`: anywhere)."""
     # One fast pass while all is well: the highest of numbers that are not all numbers is NaN.
     if np.isnan(scores.max(initial=0)) and (mask is None or np.isnan(scores[mask]).any()):
-        raise ValueError("The criterion gave scores that are NaN. Check what it computes, or the kernel it was given.")
+        raise ValueError("The criterion returned scores that are NaN. Check what it computes, and the kernel that it received.")
 
 
 def check_finite(values: np.ndarray, description: str) -> None:

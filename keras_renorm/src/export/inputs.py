@@ -69,8 +69,8 @@ def as_inputs(model: keras.Model, data: Any, argument: str) -> list[np.ndarray]:
     if batch := fixed_batch_of(model):
         if received[0][0] < batch:
             raise ValueError(
-                f"Argument `{argument}` must hold at least {batch} samples, for model '{model.name}' takes so many at once. "
-                f"Received: {received[0][0]}."
+                f"Argument `{argument}` must hold at least {batch} samples, since model '{model.name}' takes that many at "
+                f"once. Received: {received[0][0]}."
             )
         arrays = [array[: len(array) // batch * batch] for array in arrays]
     for array, spec in zip(arrays, specs):

@@ -87,7 +87,7 @@ def _compare(model: keras.Model, path: pathlib.Path, reference: Reference) -> fl
         foreign, places = foreign_operations(path.read_bytes(), layer_names(model))
         why = failures.unknown_operations(foreign, places) if foreign else failures.first_line(error)
         raise RuntimeError(
-            f"Nothing was written: the runtime does not run what the converter made of model '{model.name}': {why}"
+            f"Nothing was written: the runtime does not run the file that the converter made from model '{model.name}': {why}"
         ) from error
 
 

@@ -39,7 +39,7 @@ class Reference:
             with _states_kept(model), failures.whole_tracebacks():
                 expected = answer(model, inputs)
         except Exception as error:
-            raise RuntimeError(f"Model '{model.name}' does not answer on the samples: {failures.reason(error)}") from error
+            raise RuntimeError(f"Model '{model.name}' does not run on the samples: {failures.reason(error)}") from error
         self._inputs, self._names = inputs, input_names(model)
         # Outputs that are nested are written in a list.
         self._keys = isinstance(expected, dict) and not any(map(keras.tree.is_nested, expected.values()))

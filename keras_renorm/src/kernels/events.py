@@ -126,8 +126,8 @@ def _check_scale(scale: Any, renormalize: Callable, kernel: np.ndarray, input_ax
     scale = np.asarray(scale)
     if scale.shape != wanted or not np.isfinite(scale).all():
         raise ValueError(
-            f"Argument `renormalize` must give one finite scale a unit, as an array of shape {wanted} for a kernel of shape "
-            f"{kernel.shape}. Received: renormalize={renormalize!r}, which gave "
+            f"Argument `renormalize` must return one finite scale for each unit, as an array of shape {wanted} for a kernel of "
+            f"shape {kernel.shape}. Received: renormalize={renormalize!r}, which gave "
             + (f"shape {scale.shape}." if scale.shape != wanted else "NaN or infinity.")
         )
     return scale

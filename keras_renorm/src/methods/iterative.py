@@ -167,9 +167,9 @@ def prune_iteratively(
     by_data = isinstance(criterion, CalibratedCriterion)
     if isinstance(criterion, ADMM) or getattr(criterion, "chooses_count", False):
         raise ValueError(
-            f"Argument `criterion` must give scores, by which `step` of the weights go. Received: criterion={criterion!r}. "
-            "Take 'magnitude', 'activation', 'activity', 'obs' or 'taylor'; a share of the activity is what "
-            "`keras_renorm.methods.neural_relief` keeps."
+            f"Argument `criterion` must return scores, by which each round removes `step` of the weights. "
+            f"Received: criterion={criterion!r}. Pass 'magnitude', 'activation', 'activity', 'obs' or 'taylor'; a share of "
+            "the activity is what `keras_renorm.methods.neural_relief` keeps."
         )
     if prunable_layers(model):
         pruned, _ = copy_model(model)

@@ -129,7 +129,7 @@ def _begin(model: keras.Model, plan: RunPlan, first: Callable[[], tuple[float, d
     floor, trained = goal.floor_after(value), "" if first else "after training, "
     if note or not goal.holds(value, floor):
         raise ValueError(
-            f"The dense model does not hold the floor: {trained}{goal.metric} is {value:.6g}"
+            f"The dense model does not reach the floor: {trained}{goal.metric} is {value:.6g}"
             + ("" if floor is None else f", and floor={floor:.6g}")
             + f"{f' ({note})' if note else ''}. Train it longer, or lower the floor."
         )

@@ -181,7 +181,7 @@ class RunFolder:
     def _refuse(self, file: pathlib.Path, what: str, error: Exception | None = None) -> NoReturn:
         raise ValueError(
             f"Argument `directory` holds a damaged state: '{file}' {what}. Received: directory={str(self.path)!r}. Put a whole "
-            "copy of that folder in its place, or delete it (or pass another one) to begin anew."
+            "copy of that folder in its place, or delete it (or pass another one) to start again."
         ) from error
 
 

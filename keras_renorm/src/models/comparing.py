@@ -133,8 +133,8 @@ def check_same(
     else:
         place = f"Its outputs differ: {differ(expected, received)}"
     raise ValueError(
-        f"{what} of model '{model.name}' does not compute what the model computes. {place}. Nothing was changed. A layer of "
-        "your own should hold what it computes with in variables and attributes, and not change outside of them."
+        f"{what} of model '{model.name}' does not compute what the model computes. {place}. Nothing was changed. A custom "
+        "layer should keep all of its state in variables and attributes."
     )
 
 

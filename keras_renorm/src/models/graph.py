@@ -190,7 +190,7 @@ def check_graph(model: keras.Model) -> None:
     if functional_of(model) is None:
         raise ValueError(
             f"Argument `model` must be a Sequential or Functional model. Received: model={model.name} (of type "
-            f"{type(model).__name__}), whose graph cannot be seen from outside."
+            f"{type(model).__name__}), whose graph is not known."
         )
 
 

@@ -34,7 +34,7 @@ def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...
             return cls.from_config({**config, **changes})
     except Exception as error:
         raise ValueError(
-            f"Layer '{operation.name}' (of type {type(operation).__name__}) cannot be made anew from its config: {error} "
+            f"Layer '{operation.name}' (of type {type(operation).__name__}) cannot be rebuilt from its config: {error} "
             "Give it a `get_config()` with all arguments of its constructor, and register what it uses with "
             "`@keras.saving.register_keras_serializable()`."
         ) from error

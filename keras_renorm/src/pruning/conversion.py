@@ -216,14 +216,14 @@ def plain_copy(model: keras.Model) -> tuple[keras.Model, dict[int, Any]]:
     left = [layer.name for layer in prunable_layers(model) if id(layer) not in within]
     if left:
         raise ValueError(
-            f"Model '{model.name}' has prunable layers inside a layer or model of your own, which cannot be taken out from "
+            f"Model '{model.name}' has prunable layers inside a layer or model of your own, which cannot be replaced from "
             f"outside: {left}. Give your class an argument that chooses between the plain and the prunable layer, or wrap "
             "the whole layer in `keras_renorm.layers.RenormalizedPruning` instead of the layers in it."
         )
     if prunable_layers(model) and not isinstance(model, REBUILT):
         raise ValueError(
             f"Model '{model.name}' is a subclass of `keras.Model` ({type(model).__name__}), whose prunable layers "
-            f"{[layer.name for layer in prunable_layers(model)]} cannot be taken out from outside. Give your class an argument "
+            f"{[layer.name for layer in prunable_layers(model)]} cannot be replaced from outside. Give your class an argument "
             "that chooses between `keras.layers.Dense` and `keras_renorm.layers.PrunableDense`, or build the model with the "
             "functional API."
         )

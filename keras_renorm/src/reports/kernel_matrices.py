@@ -37,7 +37,7 @@ def kernel_matrices(model: keras.Layer) -> Iterator[KernelMatrix]:
     layers = list(outermost_layers(model)) if isinstance(model, keras.Model) else [model]
     found = [one for layer in layers for one in _kernels_of(layer)]
     if not found:
-        raise ValueError(f"'{model.name}' has no kernel that could be drawn. Received: {model!r}.")
+        raise ValueError(f"'{model.name}' has no kernel to draw. Received: {model!r}.")
     yield from found
 
 

@@ -46,9 +46,7 @@ def sparsity(model: keras.Model | Summary, ax: Any = None) -> Any:
     """
     table = model if isinstance(model, Summary) else summary(model)
     if not table.rows:
-        raise ValueError(
-            "Argument `model` has no kernel whose sparsity could be drawn. Received a model with nothing to prune."
-        )
+        raise ValueError("Argument `model` has no kernel whose sparsity can be drawn. Received a model with nothing to prune.")
     rows = table.rows[::-1]
     ax = new_axes(ax, (6, 1.2 + 0.28 * min(len(rows), _MOST_LABELLED)))
     several = len({row.layer for row in rows}) < len(rows)
@@ -234,7 +232,7 @@ def scales(model: keras.Model | keras.Layer, ax: Any = None) -> Any:
     rows = [(one.name, one.scale.ravel()) for one in kernel_matrices(model) if one.scale is not None]
     if not rows:
         raise ValueError(
-            "Argument `model` has no prunable layers, whose scales could be drawn: a plain model has them in its kernels. Pass "
+            "Argument `model` has no prunable layers, whose scales can be drawn: a plain model has them in its kernels. Pass "
             "the model before `keras_renorm.strip`."
         )
     low, high = (limit(float(limit(values)) for _, values in rows) for limit in (min, max))

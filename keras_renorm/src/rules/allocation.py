@@ -127,7 +127,7 @@ def allocate(
         asked = np.asarray(allocation([kernel for kernel, is_free in zip(kernels, free) if is_free], left), float)
         if asked.shape != (free.sum(),) or not np.isfinite(asked).all() or (asked < 0).any():
             raise ValueError(
-                "Argument `allocation` must give one count of kept weights a kernel. Received: "
+                "Argument `allocation` must return one number of kept weights for each kernel. Received: "
                 f"allocation={allocation!r}, which gave {asked!r} for {free.sum()} kernels."
             )
         counts[free] = asked
@@ -154,7 +154,7 @@ def check_reachable(sizes: Sequence[int], sparsity: float, most: float | Sequenc
     highest = highest_sparsity(sizes, most)
     if (sparsity - highest) * np.sum(sizes) > 0.5:
         raise ValueError(
-            f"The patterns of the layers remove {highest:.4g} of all weights at most. Received: sparsity={sparsity}. Pass "
+            f"The patterns of the layers can remove {highest:.4g} of all weights at most. Received: sparsity={sparsity}. Pass "
             f"`sparsity={int(highest * 1e4) / 1e4}`, or another pattern for some of the layers."
         )
 

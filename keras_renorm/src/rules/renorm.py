@@ -271,7 +271,7 @@ def get(identifier: Any, group: str = "layer", calibrated: bool = False) -> Any:
     renormalizer = registry.get(identifier, KNOWN | {"auto": None}, Renormalizer, "renormalize")
     if isinstance(renormalizer, CalibratedRenormalizer) and not calibrated:
         raise ValueError(
-            f"Renormalizer {renormalizer!r} needs samples to see what each unit computes. Call "
+            f"Renormalizer {renormalizer!r} needs calibration samples. Call "
             "`keras_renorm.prune(model, sparsity, renormalize=..., calibration=samples)`, or take `renormalize='l2'`."
         )
     return renormalizer

@@ -60,13 +60,13 @@ class DissipatingGradients(Search):
     ):
         if (sparsity is None) == (fraction is None):
             raise ValueError(
-                "Pass either `sparsity` (how much to remove) or `fraction` (how far a weight must have moved to stay). "
+                "Pass either `sparsity` (how much to remove) or `fraction` (how far a weight must have moved to be kept). "
                 f"Received: sparsity={sparsity}, fraction={fraction}."
             )
         super().__init__(sparsity, search_epochs, allocation)
         if fraction is not None and (not isinstance(fraction, numbers.Real) or not fraction > 0):
             raise ValueError(
-                "Argument `fraction` must be a positive number: how far a weight must have moved to stay, such as 0.1. "
+                "Argument `fraction` must be a positive number: how far a weight must have moved to be kept, such as 0.1. "
                 f"Received: fraction={fraction!r}."
             )
         self.fraction = fraction

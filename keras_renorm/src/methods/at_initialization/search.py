@@ -126,7 +126,7 @@ class Search(keras.callbacks.Callback):
         if self._searching:
             warnings.warn(
                 f"Training ended before the {self.total_epochs} search epochs of `{type(self).__name__}` were over: the masks "
-                "are not what they should become.",
+                "are not final.",
                 stacklevel=2,
             )
 

@@ -37,7 +37,7 @@ class SearchedKernel:
         if not gradient.any():
             raise ValueError(
                 f"The optimizer recorded no gradient for {self.name}. Does the model's own `train_step` use another optimizer "
-                "than `model.optimizer`, or does nothing of the layer reach the loss?"
+                "than `model.optimizer`, or is the layer not connected to the loss?"
             )
         validation.check_finite(gradient, f"The gradient of {self.name}")
         return gradient

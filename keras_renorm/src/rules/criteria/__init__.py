@@ -38,7 +38,7 @@ def get(identifier: Any, calibrated: bool = False) -> Any:
     criterion = registry.get(identifier, KNOWN, Criterion, "criterion")
     if isinstance(criterion, CalibratedCriterion) and not calibrated:
         raise ValueError(
-            f"Criterion {criterion!r} needs samples to see what each input carries. Call "
+            f"Criterion {criterion!r} needs calibration samples. Call "
             "`keras_renorm.prune(model, sparsity, criterion=..., calibration=samples)`, or take `criterion='magnitude'`."
         )
     return criterion

@@ -70,7 +70,7 @@ def score(criterion: Any, kernel: np.ndarray) -> np.ndarray:
     scores = np.asarray(criterion(kernel))
     if scores.shape != kernel.shape:
         raise ValueError(
-            f"The criterion must give one score a weight. Received: criterion={criterion!r}, which gave scores of shape "
-            f"{scores.shape} for a kernel of shape {kernel.shape}."
+            f"The criterion must return one score for each weight. Received: criterion={criterion!r}, which gave scores of "
+            f"shape {scores.shape} for a kernel of shape {kernel.shape}."
         )
     return scores

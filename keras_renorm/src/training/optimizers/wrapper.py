@@ -44,8 +44,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         if not self.built:
             if trainable_variables is None:
                 raise ValueError(
-                    f"`{type(self).__name__}` was not built yet and got no variables. Received: trainable_variables=None. Pass "
-                    "them, or call `optimizer.build(trainable_variables)` first."
+                    f"`{type(self).__name__}` was not built and received no variables. Received: trainable_variables=None. "
+                    "Pass them, or call `optimizer.build(trainable_variables)` first."
                 )
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
