@@ -87,7 +87,7 @@ def stand_ins(page: str, monkeypatch: pytest.MonkeyPatch) -> dict:
     )
     if page in ("README.md", "docs/README.md"):
         # With so few batches as here their schedules do not come to their end.
-        warnings.filterwarnings("ignore", "Sparsity .* was asked of")
+        warnings.filterwarnings("ignore", "The sparsity of .* is .*, not ")
     if page == "docs/iterative.md":
         few = with_changes(kr.methods.prune_iteratively, max_rounds=1, floor=0.5)
         monkeypatch.setattr(kr.methods, "prune_iteratively", few)

@@ -181,6 +181,7 @@ def test_a_subclassed_model(dense, tmp_path):
         np.testing.assert_allclose(ops.convert_to_numpy(model(x)), ops.convert_to_numpy(plain(x)), rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The sparsity of")
 @pytest.mark.parametrize("name", ["set_weights", "load_own_variables", "mask_zeros"])
 def test_plain_weights_are_not_settled(tf, name):
     class Load(keras.callbacks.Callback):
@@ -291,7 +292,7 @@ def fit(model, *callbacks, **arguments):
     return seen
 
 
-@pytest.mark.filterwarnings("ignore:Sparsity .* was asked:UserWarning")
+@pytest.mark.filterwarnings("ignore:The sparsity of .*, not:UserWarning")
 def test_early_stopping_restores_kernels_with_their_masks():
     model = compiled_net()
     stop = keras.callbacks.EarlyStopping(monitor="sparsity", mode="min", restore_best_weights=True, patience=9)
@@ -368,7 +369,7 @@ def test_parameters_are_counted_with_masks_scales_and_step():
     assert sum(np.prod(weight.shape) for weight in layer.trainable_weights) == 6 * 5 + 5
 
 
-@pytest.mark.filterwarnings("ignore:Sparsity .* was asked:UserWarning")
+@pytest.mark.filterwarnings("ignore:The sparsity of .*, not:UserWarning")
 def test_a_model_saved_before_plain_weights_fitted():
     saved = np.load(DATA / "half_trained.npz")
     generator = np.random.default_rng(0)

@@ -35,7 +35,7 @@ def said(record):
 def shown(model):
     """The one sentence of the summary, which `strip` says, too."""
     (note,) = kr.summary(model).notes
-    with pytest.warns(UserWarning, match="is there|ever ran") as record:
+    with pytest.warns(UserWarning, match="The sparsity of|ever ran") as record:
         kr.strip(model)
     assert said(record) == [note]
     assert note.count(". ") == 0
@@ -49,15 +49,15 @@ def first_best():
 
 def test_weights_of_an_earlier_epoch():
     model, schedule = make(), Decay(0.0, 0.75, 0, 16, power=1, frequency=4)
-    with pytest.warns(UserWarning, match="Sparsity") as record:
+    with pytest.warns(UserWarning, match="The sparsity") as record:
         fit(model, schedule, first_best(), epochs=4)
     note = shown(model)
     assert said(record) == [note]
     # A quarter of .75, that is 24 of 128 weights and 3 of 16.
     assert note == (
-        "Sparsity 0.75 was asked of layers ['a', 'b'], and 0.1875 is there: the weights of step 4 were restored, and the "
-        "schedule gets there at step 16; choose the best among later epochs only, by `EarlyStopping(..., "
-        "start_from_epoch=...)`, or by a second `fit` with the callbacks that choose."
+        "The sparsity of layers ['a', 'b'] is 0.1875, not 0.75: the weights of step 4 were restored, and the "
+        "schedule ends at step 16; choose among later epochs only, with `EarlyStopping(..., "
+        "start_from_epoch=...)`, or in a second `fit` with the callbacks that choose."
     )
 
 
@@ -68,19 +68,19 @@ def test_a_checkpoint_from_before_the_end(tmp_path):
     assert kr.summary(model).notes == ()
     # The schedule is the callback's, and yet the file knows what it asked for.
     note = shown(keras.models.load_model(path))
-    assert "0.375 is there: these are the weights of step 4, and the schedule gets there at step 8" in note
+    assert "is 0.375, not 0.75: these are the weights of step 4, and the schedule ends at step 8" in note
     model.load_weights(path)
     assert "the weights of step 4 were restored" in shown(model)
 
 
 def test_a_schedule_that_ends_beyond_training():
     model, schedule = make(), Decay(0.0, 0.75, 0, 16, power=1, frequency=4)
-    with pytest.warns(UserWarning, match="Sparsity 0.75 .* 0.1875 is there: these are the weights of step 4") as record:
+    with pytest.warns(UserWarning, match="is 0.1875, not 0.75: these are the weights of step 4") as record:
         fit(model, schedule, epochs=1)
     # Not again, as more trainings may come.
     fit(model, schedule, epochs=2, initial_epoch=1)
     assert len(said(record)) == 1
-    assert "0.375 is there: these are the weights of step 8, and the schedule" in shown(model)
+    assert "is 0.375, not 0.75: these are the weights of step 8, and the schedule" in shown(model)
     fit(model, schedule, epochs=4, initial_epoch=2)
     assert kr.summary(model).notes == ()
     assert kr.summary(model).sparsity == 0.75
@@ -88,9 +88,7 @@ def test_a_schedule_that_ends_beyond_training():
 
 def test_an_event_that_is_still_to_come():
     model = make()
-    with pytest.warns(
-        UserWarning, match="Sparsity 0.5 .* 0 is there: these are the weights of step 4.* gets there at step 100;"
-    ):
+    with pytest.warns(UserWarning, match="is 0, not 0.5: these are the weights of step 4.* ends at step 100;"):
         fit(model, kr.schedules.ConstantSparsity(0.5, 100), epochs=1)
 
 
@@ -99,7 +97,7 @@ def test_an_end_that_is_no_event():
     # Events at 0 and 3: three quarters of .75 at the second, in whole weights.
     with pytest.warns(UserWarning, match=r"the last event came at step 3, before `end_step=4`; choose a `frequency` that"):
         fit(model, Decay(0.0, 0.75, 0, 4, power=1, frequency=3))
-    assert "Sparsity 0.75 was asked of layers ['a', 'b'], and 0.5625 is there" in shown(model)
+    assert "The sparsity of layers ['a', 'b'] is 0.5625, not 0.75" in shown(model)
     # Trained on, as it is.
     fit(model, Decay(0.0, 0.75, 0, 4, power=1, frequency=3))
     assert "before `end_step=4`" in shown(model)
@@ -112,13 +110,13 @@ def test_a_second_schedule_whose_steps_are_over():
 
     model, before = make(), Before()
     fit(model, Decay(0.0, 0.5, 0, 4, frequency=2))
-    with pytest.warns(UserWarning, match="Sparsity") as record:
+    with pytest.warns(UserWarning, match="The sparsity") as record:
         fit(model, Decay(0.5, 0.75, 0, 4, frequency=2), before)
     note = shown(model)
     assert said(record) == before.said == [note]
     assert note.endswith(
-        "0.5 is there: this training began at step 8, after the last event of the schedule at step 4; steps count from the "
-        "model's first training on, so add 8 to `begin_step` and `end_step`."
+        "is 0.5, not 0.75: this training began at step 8, after the last event of the schedule at step 4; steps are "
+        "counted from the first training of the model, so add 8 to `begin_step` and `end_step`."
     )
     fit(model, Decay(0.5, 0.75, 16, 20, frequency=2), epochs=1)
     assert kr.summary(model).sparsity == 0.75
@@ -143,7 +141,7 @@ def test_what_a_pattern_cannot_give():
     # Runs of four and four and two inputs: of ten weights of a unit four can go.
     model = keras.Sequential([keras.Input((10,)), kr.layers.PrunableDense(4, name="a", pattern=kr.patterns.NOfM(2, 4))])
     model.compile("adam", "mse")
-    with pytest.warns(UserWarning, match=r"Sparsity 0.5 was asked of layer 'a', and 0.4 is there: NOfM\(n=2, m=4\) removes no"):
+    with pytest.warns(UserWarning, match=r"The sparsity of layer 'a' is 0.4, not 0.5: NOfM\(n=2, m=4\) cannot remove more"):
         model.fit(np.ones((8, 10)), np.ones((8, 4)), verbose=0, callbacks=[kr.callbacks.UpdatePruning(HALF)])
 
 
@@ -154,7 +152,10 @@ def test_masks_that_were_changed():
     model = make()
     fit(model, HALF)
     model.get_layer("a").mask.assign(np.ones((8, 16), bool))
-    assert "layer 'a', and 0 is there: the last event came at step 0, and the masks were changed; prune again" in shown(model)
+    assert (
+        "layer 'a' is 0, not 0.5: the last event came at step 0, and the masks were changed afterwards; prune again"
+        in shown(model)
+    )
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block", "unit", "n_of_m"])
@@ -169,7 +170,7 @@ def test_a_schedule_that_does_not_tell_its_end():
         return True, min(0.1 * step, 0.7)
 
     model = make()
-    with pytest.warns(UserWarning, match="Sparsity 0.7 .* 0.3.* is there: the weights of step 4 were restored"):
+    with pytest.warns(UserWarning, match="is 0.3.*, not 0.7: the weights of step 4 were restored"):
         fit(model, schedule, first_best(), epochs=4)
 
 

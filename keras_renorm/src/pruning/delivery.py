@@ -1,4 +1,4 @@
-"""Whether the sparsity that was asked for is reached, and if not, why, and what to do."""
+"""Whether layers reach the sparsity of their schedules; if not, why, and what to do."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _sentence(reason: str, layers: list[PrunableLayer]) -> str:
     step = max(_step(layer) for layer in layers)
     if reason == NEVER_RAN:
         return (
-            f"No pruning event ever ran: layers {names} have a schedule that no training followed; pass the callback, "
+            f"No pruning event ever ran: layers {names} have a schedule, but were not trained with it; pass the callback, "
             "`model.fit(..., callbacks=[keras_renorm.callbacks.UpdatePruning()])`."
         )
     goals = [_goal(layer) for layer in layers]
@@ -112,31 +112,31 @@ def _sentence(reason: str, layers: list[PrunableLayer]) -> str:
     why, remedy = {
         PAST: (
             f"this training began at step {goal.began}, after the last event of the schedule at step {goal.last_event}",
-            f"steps count from the model's first training on, so add {goal.began} to `begin_step` and `end_step`",
+            f"steps are counted from the first training of the model, so add {goal.began} to `begin_step` and `end_step`",
         ),
         RESTORED: (
-            f"the weights of step {step} were restored, and the schedule gets there at step {goal.last_event}",
-            "choose the best among later epochs only, by `EarlyStopping(..., start_from_epoch=...)`, or by a second `fit` with "
-            "the callbacks that choose",
+            f"the weights of step {step} were restored, and the schedule ends at step {goal.last_event}",
+            "choose among later epochs only, with `EarlyStopping(..., start_from_epoch=...)`, or in a second `fit` with the "
+            "callbacks that choose",
         ),
         UNFINISHED: (
-            f"these are the weights of step {step}, and the schedule gets there at step {goal.last_event}",
-            "train on with `UpdatePruning`, let the schedule end earlier, or save the best of later epochs only",
+            f"these are the weights of step {step}, and the schedule ends at step {goal.last_event}",
+            "continue training with `UpdatePruning`, let the schedule end earlier, or save the best of later epochs only",
         ),
         UNALIGNED: (
             f"the last event came at step {goal.last_event}, before `end_step={goal.end_step}`",
             "choose a `frequency` that divides `end_step - begin_step`",
         ),
         LIMIT: (
-            f"{layers[0].pattern!r} removes no more of kernels of these shapes",
-            "pass another pattern, or ask for less",
+            f"{layers[0].pattern!r} cannot remove more weights from kernels of these shapes",
+            "pass another pattern, or a lower sparsity",
         ),
         CHANGED: (
-            f"the last event came at step {goal.last_event}, and the masks were changed",
-            "prune again, by `update_masks` of these layers or by `keras_renorm.prune`",
+            f"the last event came at step {goal.last_event}, and the masks were changed afterwards",
+            "prune again, with `update_masks` of these layers or with `keras_renorm.prune`",
         ),
     }[reason]
-    return f"Sparsity {asked:.4g} was asked of {_list(names)}, and {there:.4g} is there: {why}; {remedy}."
+    return f"The sparsity of {_list(names)} is {there:.4g}, not {asked:.4g}: {why}; {remedy}."
 
 
 def _list(names: list[str]) -> str:
