@@ -11,7 +11,7 @@ from keras_renorm.version import __version__
 
 PROGRAM = "keras-renorm"
 
-CRITERIA = sorted(["auto", *names.CRITERIA, *names.CALIBRATED_CRITERIA])
+CRITERIA = sorted(["auto", *names.CRITERIA, *names.CALIBRATED_CRITERIA, *names.LABELLED_CRITERIA])
 RENORMALIZERS = sorted(["auto", "none", *names.RENORMALIZERS, *names.CALIBRATED_RENORMALIZERS])
 ALLOCATIONS = sorted(names.ALLOCATIONS)
 NEED_SAMPLES = [*names.CALIBRATED_CRITERIA, *names.CALIBRATED_RENORMALIZERS]
@@ -264,6 +264,8 @@ def contradiction(arguments: argparse.Namespace) -> str | None:
         return "give either --layer or --sparsity LAYER=SHARE, which names the layers"
     if arguments.target and isinstance(arguments.pattern, tuple) and arguments.pattern[0] != "unstructured":
         return "--target chooses the patterns: leave --pattern out, or give it as LAYER=NAME"
+    if arguments.criterion in names.LABELLED_CRITERIA:
+        return f"--criterion {arguments.criterion} needs labels and the loss of the model: call `keras_renorm.prune` in Python"
     for option, value in (("--criterion", arguments.criterion), ("--renormalize", arguments.renormalize)):
         if value in NEED_SAMPLES and not arguments.calibration:
             return f"{option} {value} needs samples: --calibration X.npz"

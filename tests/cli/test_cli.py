@@ -283,7 +283,7 @@ def test_files_that_are_no_models(name, run, folder, tmp_path):
 def test_other_files_that_are_no_models(run, tmp_path):
     with zipfile.ZipFile(tmp_path / "zip.keras", "w") as archive:
         archive.writestr("a.txt", "nothing")
-    assert "no whole Keras model" in run("report @zip.keras")[2]
+    assert "not a complete Keras model" in run("report @zip.keras")[2]
     (tmp_path / "text.tflite").write_text("no model at all")
     assert "must be a `.tflite` model" in run("report @text.tflite")[2]
     assert "must be a `.tflite` model" in run("compare model.keras @text.tflite")[2]
@@ -338,9 +338,9 @@ def test_code_in_a_file_is_not_run(nested, run, tmp_path):
 
 BAD_SAMPLES = {
     "wrong shape": (dict(x=np.zeros((9, 15))), "takes (None, 16). Received: an array of shape (9, 15)"),
-    "objects": (dict(x=np.array([{"a": 1}], dtype=object)), "no file of plain arrays"),
+    "objects": (dict(x=np.array([{"a": 1}], dtype=object)), "does not hold plain arrays"),
     "no x": (dict(a=np.zeros((9, 16)), b=np.zeros(3)), "must hold `x`. It holds ['a', 'b']"),
-    "none": (dict(x=np.zeros((0, 16))), "gave no samples"),
+    "none": (dict(x=np.zeros((0, 16))), "contains no samples"),
     "nan": (dict(x=np.full((9, 16), np.nan)), "holds NaN or infinity"),
     "strings": (dict(x=np.full((9, 16), "a")), "must hold numbers"),
     "a single value": (dict(x=3.0), "It holds a single value as `x`: leave it out"),
@@ -554,6 +554,10 @@ def test_warnings_take_one_line(run, tmp_path):
         ("prune model.keras --sparsity fc=0.9 --layer out -o out.keras", "either --layer or --sparsity LAYER=SHARE"),
         ("prune model.keras --sparsity 0.9 --target litert --pattern unit -o out.keras", "--target chooses the patterns"),
         ("prune model.keras --sparsity 0.9 --criterion admm -o out.keras", "admm needs samples: --calibration"),
+        (
+            "prune model.keras --sparsity 0.9 --criterion taylor --calibration x.npz -o out.keras",
+            "taylor needs labels and the loss of the model",
+        ),
         ("prune model.keras --sparsity 0.9 --renormalize lstsq -o out.keras", "lstsq needs samples: --calibration"),
         ("prune model.keras --sparsity 0.9 --pattern blok -o out.keras", "must be one of block,"),
         ("prune model.keras --sparsity 0.9 --criterion magnitud -o out.keras", "must be one of activation,"),

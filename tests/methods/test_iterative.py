@@ -493,7 +493,7 @@ def test_own_rules_have_the_same_name_in_every_process():
         (dict(max_rounds=0), "`max_rounds`.*max_rounds=0"),
         (dict(allocation="even"), "`allocation`.*'even'"),
         (dict(criterion="best"), "`criterion`.*'best'"),
-        (dict(criterion="activity"), "'activity'|Activity.*needs samples"),
+        (dict(criterion="activity"), "'activity'|Activity.*needs calibration samples"),
         (dict(criterion="admm", calibration=X), "`criterion` must give scores.*ADMM"),
         (dict(criterion=kr.criteria.Activity(0.9), calibration=X), "`criterion` must give scores.*share=0.9"),
         (dict(verbose=7), "`verbose`"),

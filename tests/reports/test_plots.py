@@ -121,7 +121,7 @@ def test_scores(model, prunable):
     signed = kr.plots.scores(model, criterion=lambda kernel: kernel)
     assert signed.get_xscale() == "linear"
     assert len(signed.get_legend().get_texts()) == 1
-    with pytest.raises(ValueError, match="needs samples"):
+    with pytest.raises(ValueError, match="needs calibration samples"):
         kr.plots.scores(model, criterion="obs")
     with pytest.raises(ValueError, match="has no kernel to draw"):
         kr.plots.scores(model.layers[1])

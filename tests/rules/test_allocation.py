@@ -191,7 +191,7 @@ def test_more_than_the_limits_allow():
 def test_wrong_input():
     with pytest.raises(ValueError, match="`allocation` must be one of.*uniform.*global.*erk.*lamp.*Received: allocation='er'"):
         allocate([np.ones(4)], 0.5, "er")
-    with pytest.raises(ValueError, match="`allocation` must give one count of kept weights a kernel"):
+    with pytest.raises(ValueError, match="`allocation` must return one number of kept weights for each kernel"):
         allocate([np.ones(4), np.ones(4)], 0.5, lambda kernels, keep: [keep])
     for counts in ([np.nan, 2.0], [np.inf, 2.0], [-1.0, 5.0]):
         with pytest.raises(ValueError, match="`allocation` must return one number of kept weights for.*for 2 kernels"):

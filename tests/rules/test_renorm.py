@@ -245,7 +245,7 @@ def test_names_need_samples():
     assert renorm.get("auto", calibrated=True) == renorm.LeastSquares()
     assert renorm.get("moments", calibrated=True) == renorm.MatchMoments()
     for name in ("moments", "lstsq", renorm.LeastSquares()):
-        with pytest.raises(ValueError, match=r"needs samples.*calibration=samples"):
+        with pytest.raises(ValueError, match=r"needs calibration samples.*calibration=samples"):
             renorm.get(name)
     for ridge in (0, -0.1, float("inf"), float("nan"), 1j):
         with pytest.raises(ValueError, match="`ridge` must be a positive number"):

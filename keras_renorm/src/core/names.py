@@ -20,6 +20,8 @@ CALIBRATED_CRITERIA = {
     "activity": f"{_RULES}.criteria.activity:Activity",
     "obs": f"{_RULES}.criteria.obs:OBS",
     "admm": f"{_RULES}.criteria.admm:ADMM",
+}
+LABELLED_CRITERIA = {
     "taylor": f"{_RULES}.criteria.taylor:Taylor",
 }
 PATTERNS = {

@@ -14,9 +14,8 @@ import functools
 import gc
 import inspect
 import random
-import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -35,6 +34,7 @@ from keras_renorm.src.models.captures import (
     part_within,
     read_by,
 )
+from keras_renorm.src.models.kinds import is_compiled, is_plain_object, is_raw_variable, is_torch, is_watched_container, track
 
 # Most of what there is, asked for first.
 _PLAIN_VALUES = frozenset({type(None), bool, int, float, str})
@@ -212,7 +212,7 @@ class Copier:
         if keras_internals.has_indices(value):
             self._last.append(lambda: keras_internals.renew_indices(new))
         if isinstance(value, keras.Operation) and keras_internals.is_trackable(new):
-            watched = [name for name, item in vars(value).items() if _is_watched_container(item)]
+            watched = [name for name, item in vars(value).items() if is_watched_container(item)]
             self._last.append(lambda: track(new, watched))
 
     def _methods(self, value: Any, state: dict) -> dict:
@@ -307,13 +307,13 @@ class Copier:
         return new
 
     def _other(self, value: Any) -> Any:
-        if _is_compiled(value):
+        if is_compiled(value):
             return self._compiled(value)
-        if _is_raw_variable(value):
+        if is_raw_variable(value):
             return self._made(value, type(value)(value))
-        if _is_torch(value):
+        if is_torch(value):
             return self._made(value, copy.deepcopy(value))
-        if _is_plain_object(value):
+        if is_plain_object(value):
             return self._object(value)
         self.replace(value, value)
         if gc.is_tracked(value) and not hasattr(value, "dtype") and not isinstance(value, inspect.Signature):
@@ -371,62 +371,11 @@ def _rebound(function: types.FunctionType, old: Any, new: Any) -> types.Function
     return made
 
 
-def _is_watched_container(value: Any) -> bool:
-    return isinstance(value, (list, dict)) and type(value).__module__.split(".")[0] == "tensorflow"
-
-
-def track(layer: Any, watched: Iterable[str] = ()) -> None:
-    """Register the dependencies of a layer with TensorFlow, as setting attributes does: objects, lists and dicts."""
-    import tensorflow as tf
-
-    with keras_internals.untracked():
-        for name in watched:
-            if name in vars(layer):
-                vars(layer)[name] = tf.__internal__.tracking.wrap(vars(layer)[name])
-        for name, value in list(vars(layer).items()):
-            if isinstance(value, tf.__internal__.tracking.Trackable) and not isinstance(value, keras.optimizers.Optimizer):
-                keras_internals.track_trackable(layer, value, name)
-
-
 def _note_readers(node: keras_internals.Node) -> None:
     for tensor in node.arguments.keras_tensors:
         operation = keras_internals.history_of(tensor).operation
         if operation is not None:
             outbound_nodes(operation).append(node)
-
-
-def _is_compiled(value: Any) -> bool:
-    """Whether a function was made by `tf.function`."""
-    return type(value).__module__.startswith("tensorflow.") and hasattr(value, "python_function")
-
-
-def _is_raw_variable(value: Any) -> bool:
-    tensorflow = sys.modules.get("tensorflow")
-    return tensorflow is not None and isinstance(value, tensorflow.Variable)
-
-
-def _is_torch(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _is_plain_object(value: Any) -> bool:
-    """Whether an object consists of its attributes only."""
-    cls = type(value)
-    if isinstance(value, keras_internals.Tracker):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.nn.Module):
-        return True
-    return (
-        hasattr(value, "__dict__")
-        and cls.__reduce__ is object.__reduce__
-        and cls.__reduce_ex__ is object.__reduce_ex__
-        and not hasattr(cls, "__deepcopy__")
-        and not any(getattr(base, "__slots__", ()) for base in cls.__mro__)
-        and cls.__module__.split(".")[0] not in FOREIGN
-        and object.__new__ is cls.__new__
-    )
 
 
 def _describe(value: Any) -> str:

@@ -10,7 +10,7 @@ import keras
 
 from keras_renorm.src.core import keras_internals
 from keras_renorm.src.core.keras_internals import flatten_layers
-from keras_renorm.src.models.copying import track
+from keras_renorm.src.models.kinds import track
 
 
 def with_config(operation: Any, cls: type | None = None, without: tuple[str, ...] = (), **changes) -> Any:

@@ -10,7 +10,7 @@ from keras_renorm.src.kernels.masks import compute_mask
 from keras_renorm.src.rules.criteria.activity import keep_share
 from tests.core.test_moments import moments_of
 
-KNOWN = names.resolve(names.CALIBRATED_CRITERIA)
+KNOWN = names.resolve(names.CALIBRATED_CRITERIA | names.LABELLED_CRITERIA)
 
 
 def with_gram(gram, units=2):
@@ -146,7 +146,7 @@ def test_what_is_constant_or_all_zero_gives_no_nan(name, generator):
 
 @pytest.mark.parametrize("name", list(KNOWN))
 def test_without_samples_there_is_a_clear_error(name):
-    message = r"needs samples.*prune\(model, sparsity, criterion=..., calibration=samples\)"
+    message = r"needs calibration samples.*prune\(model, sparsity, criterion=..., calibration=samples\)"
     for use in (
         lambda: criteria.get(name),
         lambda: kr.layers.PrunableDense(3, criterion=name),

@@ -10,7 +10,7 @@ from typing import Any
 from keras_renorm.src.core import names, registry
 from keras_renorm.src.rules.criteria.base import CalibratedCriterion, Criterion
 
-KNOWN = names.resolve(names.CRITERIA | names.CALIBRATED_CRITERIA)
+KNOWN = names.resolve(names.CRITERIA | names.CALIBRATED_CRITERIA | names.LABELLED_CRITERIA)
 
 
 def get(identifier: Any, calibrated: bool = False) -> Any:
