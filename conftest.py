@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -34,6 +35,20 @@ def tf():
     if keras.backend.backend() != "tensorflow":
         pytest.skip("TensorFlow is not the backend")
     return importlib.import_module("tensorflow")
+
+
+@pytest.fixture
+def eager():
+    """No tracing, which takes longer than the few steps of a small test."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    tensorflow = importlib.import_module("tensorflow")
+    tensorflow.config.run_functions_eagerly(True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Even though the `tf.config.experimental_run_functions_eagerly` option")
+        yield
+    tensorflow.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

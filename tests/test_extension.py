@@ -2,10 +2,6 @@
 
 import importlib
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 
 import keras_renorm as kr
 from keras_renorm.cli import main as cli
+from tests import fresh
 
 L = keras.layers
 
@@ -130,12 +127,7 @@ def test_while_training_and_in_a_fresh_process(extension, model, folder, tmp_pat
     prunable.fit(np.ones((16, 16)), np.ones((16, 4)), epochs=2, verbose=0, callbacks=[extension.Halve()])
     assert prunable.get_layer("hidden").sparsity == 0.75
     prunable.save(tmp_path / "prunable.keras")
-    paths = [str(folder), str(pathlib.Path(kr.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-W", "ignore", "-c", GO_ON, str(tmp_path / "prunable.keras")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == 0.875
+    assert float(fresh.run(GO_ON, tmp_path / "prunable.keras", path=(folder,))) == 0.875
 
 
 def test_in_rounds(extension, model, generator):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import keras_renorm as kr
+from tests import fresh
 
 ROOT = pathlib.Path(kr.__file__).parent
 
@@ -105,7 +106,7 @@ def test_models_of_earlier_releases_load(name):
         assert int(model.optimizer.iterations) == saved["iterations"]
         assert type(model.optimizer).__module__.startswith("keras_renorm.")
     """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder / name)], check=True)
+    fresh.run(code, folder / name)
 
 
 # `product.py` is imported by layers that are called on TensorFlow.

@@ -131,15 +131,15 @@ def test_prunes_separable_convolutions_by_activity(renormalize):
 
 def test_the_share_and_a_sparsity_exclude_each_other():
     model, x = built(*CASES["dense"], True)
-    with pytest.raises(ValueError, match=r"chooses how many weights stay. Received: sparsity=0.5"):
+    with pytest.raises(ValueError, match=r"chooses how many weights to keep. Received: sparsity=0.5"):
         kr.prune(model, 0.5, criterion=criteria.Activity(0.9), calibration=x)
-    with pytest.raises(ValueError, match=r"chooses which weights go together. Received: pattern='unit'"):
+    with pytest.raises(ValueError, match=r"chooses which weights are removed together. Received: pattern='unit'"):
         kr.prune(model, criterion=criteria.Activity(0.9), pattern="unit", calibration=x)
     with pytest.raises(ValueError, match=r"Argument `sparsity` must be a number.*Received: sparsity=None"):
         kr.prune(model)
     recurrent = keras.Sequential([keras.Input((4, 3)), L.LSTM(2, name="lstm"), L.Dense(3)])
     samples = np.random.default_rng(0).standard_normal((8, 4, 3)).astype("float32")
-    with pytest.raises(ValueError, match=r"cannot choose how many weights stay. Kernel .*lstm.*`layers=`"):
+    with pytest.raises(ValueError, match=r"cannot choose how many weights to keep. Kernel .*lstm.*`layers=`"):
         kr.prune(recurrent, criterion=criteria.Activity(0.9), calibration=samples, verbose=0)
 
 

@@ -120,5 +120,5 @@ def test_without_a_loss(loss):
 
 def test_a_backend_without_gradients(monkeypatch):
     monkeypatch.setattr(gradients, "_DIFFERENTIATORS", {"another": None})
-    with pytest.raises(ValueError, match=rf"backend '{keras.backend.backend()}', which gives no gradients.*\['another'\]"):
+    with pytest.raises(ValueError, match=r"backend '.*', which does not compute gradients.*\['another'\]"):
         loss_gradients(line(), (X, Y), [])

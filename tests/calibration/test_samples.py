@@ -74,8 +74,8 @@ def test_several_inputs(generator):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (np.ones((0, 5)), "gave no samples"),
-        (iter([]), "gave no samples.*make a new one"),
+        (np.ones((0, 5)), "contains no samples"),
+        (iter([]), "contains no samples.*create a new one"),
         (np.ones((4, 6)), r"wrong shape for input 'images'.*takes \(None, 5\).*Received: an array of shape \(4, 6\)"),
         (iter([np.ones((4, 5)), np.ones((4, 6))]), "wrong shape"),
         (np.ones(5), "wrong shape"),
@@ -96,7 +96,7 @@ def test_wrong_samples(data, message):
 def test_samples_without_end():
     import tensorflow as tf
 
-    with pytest.raises(ValueError, match=r"without an end.*dataset.take"):
+    with pytest.raises(ValueError, match=r"infinite dataset.*dataset.take"):
         Samples(tf.data.Dataset.from_tensors(np.ones((4, 5))).repeat(), small_model(), 4)
     endless = (np.ones((500_000, 5), "int8") for _ in itertools.count())
     message = r"more than 1,000,000 samples.*itertools.islice"

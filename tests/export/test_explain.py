@@ -1,13 +1,9 @@
-import os
-import pathlib
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 
 import keras_renorm as kr
+from tests import fresh
 from tests.runtimes.test_xnnpack import mobile
 
 pytest.importorskip("tensorflow")
@@ -158,8 +154,4 @@ for name in ("half", "torn"):
         except (ValueError, RuntimeError) as error:
             print(type(error).__name__, error)
 """
-    root = pathlib.Path(kr.__file__).parents[1]
-    environment = dict(os.environ, PYTHONPATH=str(root))
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Error") == 4, done.stdout
+    assert fresh.run(program, tmp_path).count("Error") == 4

@@ -102,7 +102,7 @@ def test_a_criterion_of_ones_own():
 
 def test_a_criterion_of_the_wrong_shape():
     layer = dense([[1.0, 2.0], [3.0, 4.0]], criterion=lambda kernel: kernel.sum(axis=0))
-    with pytest.raises(ValueError, match=r"one score a weight.*shape \(2,\) for a kernel of shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"one score for each weight.*shape \(2,\) for a kernel of shape \(2, 2\)"):
         layer.update_masks(0.5)
 
 
@@ -149,7 +149,7 @@ def test_norms_of_half_precision_kernels(dtype, generator):
 @pytest.mark.parametrize("answer", [np.float32(1), np.ones(2), np.full((1, 2), np.nan)])
 def test_a_renormalizer_that_answers_wrongly_changes_nothing(answer):
     layer = dense([[1.0, 2.0], [3.0, 4.0]], renormalize=lambda before, after, input_axes: answer)
-    with pytest.raises(ValueError, match=r"`renormalize` must give one finite scale a unit.*\(1, 2\)"):
+    with pytest.raises(ValueError, match=r"`renormalize` must return one finite scale for each unit.*\(1, 2\)"):
         layer.update_masks(0.5)
     assert layer.mask.numpy().all()
 

@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -11,6 +9,7 @@ from keras import ops
 import keras_renorm as kr
 from keras_renorm.src.layers.plain_variables import plain_values
 from keras_renorm.src.layers.prunable import prunable_layers, sparsity_of
+from tests import fresh
 from tests.layers.cases import CASES, Calling, Naming, Scaled, Tied, as_arguments, model_around, model_inputs
 
 EVERY_LAYER = pytest.mark.parametrize("name", list(CASES))
@@ -137,8 +136,7 @@ def test_goes_on_in_a_fresh_process_as_if_never_stopped(name, tmp_path):
     stopped = start()
     fit(stopped, epochs=3)
     stopped.save(tmp_path / "half.keras")
-    command = [sys.executable, "-W", "ignore", "-c", FINISH, name, tmp_path / "half.keras", tmp_path / "end.npz"]
-    subprocess.run(command, check=True)
+    fresh.run(FINISH, name, tmp_path / "half.keras", tmp_path / "end.npz")
     with np.load(tmp_path / "end.npz") as end:
         for variable, key in zip(uninterrupted.weights, end, strict=True):
             np.testing.assert_allclose(end[key], to_numpy(variable), rtol=1e-5, atol=1e-6, err_msg=variable.path)
@@ -308,7 +306,7 @@ def test_a_tied_layer_in_a_fresh_process(tmp_path):
     model.layers[1].update_masks(1 / 3)
     model.save(tmp_path / "tied.keras")
     np.save(tmp_path / "x.npy", DATA)
-    subprocess.run([sys.executable, "-W", "ignore", "-c", APPLY, tmp_path], check=True)
+    fresh.run(APPLY, tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), by_hand(model, DATA), rtol=1e-5, atol=1e-6)
 
 

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import functools
 import tracemalloc
 
 import keras
@@ -11,6 +10,7 @@ from keras_renorm.src.kernels import masks
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.methods.at_initialization.dissipating_gradients import MOVEMENT
 from keras_renorm.src.methods.at_initialization.k_starts import FITNESS, RECOMBINE
+from tests import fresh
 from tests.layers.cases import CASES, model_around, model_inputs
 
 KStarts, DissipatingGradients = kr.methods.KStarts, kr.methods.DissipatingGradients
@@ -31,6 +31,7 @@ METHODS = {
     },
     "combination": lambda sparsity: KStarts(sparsity, k=5, search_epochs=1, after="dissipating_gradients"),
 }
+of_two = functools.partial(KStarts, k=5, search_epochs=1, fitness="gradient", recombine="unit", after="dissipating_gradients")
 
 
 def make(layer=None, **compile_arguments):
@@ -84,6 +85,7 @@ class SaveAfter(keras.callbacks.Callback):
 # Laws of every method.
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_sparse_after_the_search_and_to_the_end(method):
     model = make()
@@ -109,15 +111,16 @@ def test_a_search_goes_on_after_save_and_load(method, tmp_path):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.parametrize("method", ["k-starts, gradient, unit", "combination"])
-def test_every_layer(name, method):
+def test_every_layer(name):
+    """Both methods, one after the other."""
     create, inputs, _, _ = CASES[name]
     layer = kr.layers.RenormalizedPruning(create())
     model = model_around(layer, inputs)
     model.compile("adam", "mse")
     targets = np.random.default_rng(0).standard_normal(model.predict(model_inputs(inputs), verbose=0).shape)
-    model.fit(model_inputs(inputs), targets, epochs=3, verbose=0, callbacks=[METHODS[method](0.5)])
+    model.fit(model_inputs(inputs), targets, epochs=3, verbose=0, callbacks=[of_two(0.5)])
     assert layer.sparsity == pytest.approx(0.5, abs=0.2)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
@@ -130,6 +133,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("group", ["layer", "unit"])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("method", ["k-starts, magnitude, weight", "k-starts, combined, unit", "combination"])
@@ -398,7 +402,7 @@ model = keras.models.load_model(r"{tmp_path / "m.keras"}")
 assert isinstance(model.optimizer, kr.optimizers.Recorder), model.optimizer
 assert int(model.optimizer.epochs) == 1
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    fresh.run(program)
 
 
 def test_a_lost_record_is_an_error(tmp_path):

@@ -1,12 +1,10 @@
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 
 import keras_renorm as kr
 from keras_renorm.src.layers.prunable import prunable_layers
+from tests import fresh
 
 # Many trainings here end before their schedule does.
 pytestmark = pytest.mark.filterwarnings("ignore:The sparsity of .* is .*, not ")
@@ -171,8 +169,7 @@ def test_goes_on_in_a_fresh_process(tmp_path):
     fit(uninterrupted)
     fit(stopped, epochs=1)
     stopped.save(tmp_path / "half.keras")
-    command = [sys.executable, "-W", "ignore", "-c", FINISH, tmp_path / "half.keras", tmp_path / "end.npz"]
-    subprocess.run(command, check=True)
+    fresh.run(FINISH, tmp_path / "half.keras", tmp_path / "end.npz")
     with np.load(tmp_path / "end.npz") as end:
         for one, key in zip(uninterrupted.weights, end, strict=True):
             np.testing.assert_allclose(np.asarray(one), end[key], rtol=1e-6, atol=1e-7)

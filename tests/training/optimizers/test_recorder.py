@@ -1,11 +1,9 @@
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 
 import keras_renorm as kr
+from tests import fresh
 
 X = np.random.default_rng(0).standard_normal((32, 6)).astype("float32")
 Y = np.random.default_rng(1).standard_normal((32, 1)).astype("float32")
@@ -187,7 +185,7 @@ recorder, kernel = model.optimizer, model.layers[0].kernel
 np.testing.assert_array_equal(recorder.gradient(kernel), np.load(r"{tmp_path / "gradient.npy"}"))
 np.testing.assert_array_equal(recorder.start(kernel), np.load(r"{tmp_path / "start.npy"}"))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    fresh.run(program)
 
 
 def test_takes_up_what_its_optimizer_had_saved(tmp_path):
