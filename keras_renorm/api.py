@@ -2,6 +2,7 @@
 
 from keras_renorm import callbacks, criteria, export, layers, methods, optimizers, patterns, plots, renorm, schedules
 from keras_renorm.export import export_tflite
+from keras_renorm.src.methods.recovery.recover import recover
 from keras_renorm.src.pruning.compaction import compact
 from keras_renorm.src.pruning.conversion import strip, to_prunable
 from keras_renorm.src.pruning.one_shot import prune
@@ -21,6 +22,7 @@ __all__ = [
     "patterns",
     "plots",
     "prune",
+    "recover",
     "renorm",
     "schedules",
     "strip",

@@ -132,6 +132,7 @@ def test_public_surface():
         "patterns",
         "plots",
         "prune",
+        "recover",
         "renorm",
         "schedules",
         "strip",

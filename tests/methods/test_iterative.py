@@ -326,7 +326,7 @@ def test_half_precision_comes_back_from_disk(tmp_path):
 in_one_go = functools.cache(prune)
 
 
-@pytest.mark.parametrize("moment", range(1, 6))
+@pytest.mark.parametrize("moment", [1, 2, 5])
 def test_resumes_after_an_interruption(tmp_path, moment):
     class Interrupt(keras.callbacks.Callback):
         def __init__(self):

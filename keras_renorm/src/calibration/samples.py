@@ -29,13 +29,15 @@ class Samples:
         model: the model that takes the samples.
         batch_size: batch size for arrays. Other data have batches of their own.
         labels: whether labels are needed, so that `labelled()` returns them. Defaults to `False`.
+        argument: name of the argument in error messages. Defaults to `"calibration"`.
 
     Raises:
         ValueError: if the model cannot take the samples: if there are none, if they have a wrong shape or type or hold NaN, or
             if they have no labels and labels are needed.
     """
 
-    def __init__(self, data: Any, model: keras.Model, batch_size: int, labels: bool = False):
+    def __init__(self, data: Any, model: keras.Model, batch_size: int, labels: bool = False, argument: str = "calibration"):
+        self._argument = argument
         self._inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
         self._structure = inputs_structure(model)
         self._name = model.name
@@ -49,8 +51,8 @@ class Samples:
             endless = int(data.cardinality()) == -1
         if endless:
             raise ValueError(
-                "Argument `calibration` is an infinite dataset. Take a part of it, such as `dataset.take(10)`. "
-                f"Received: calibration={data!r}."
+                f"Argument `{self._argument}` is an infinite dataset. Take a part of it, such as `dataset.take(10)`. "
+                f"Received: {self._argument}={data!r}."
             )
         if leaves and all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in leaves):
             x, *rest = self._split(data) if labels else (keras.tree.map_structure(_to_numpy, data),)
@@ -64,9 +66,9 @@ class Samples:
             self._read = lambda: iter(self._spool) if self._spool else map(self._split, data)
         else:
             raise ValueError(
-                "Argument `calibration` must be an array, a list or a dict of arrays (one an input of the model), a "
+                f"Argument `{self._argument}` must be an array, a list or a dict of arrays (one an input of the model), a "
                 "`tf.data.Dataset`, a `keras.utils.PyDataset`, or a generator of batches. "
-                f"Received: calibration={data!r} (of type {type(data)})."
+                f"Received: {self._argument}={data!r} (of type {type(data)})."
             )
 
     @property
@@ -88,14 +90,15 @@ class Samples:
             count += size
             if count > MOST_SAMPLES:
                 raise ValueError(
-                    f"Argument `calibration` gave more than {MOST_SAMPLES:,} samples. If it never ends, take a part of it, "
-                    "such as `itertools.islice(generator, 10)`; a few thousand samples are enough."
+                    f"Argument `{self._argument}` gave more than {MOST_SAMPLES:,} samples. If it never ends, take a part of "
+                    "it, such as `itertools.islice(generator, 10)`; a few thousand samples are enough."
                 )
             if size:
                 yield batch, *rest
         if not count:
             raise ValueError(
-                "Argument `calibration` contains no samples. A generator can be read only once: create a new one for each call."
+                f"Argument `{self._argument}` contains no samples. A generator can be read only once: create a new one for "
+                "each call."
             )
 
     def __enter__(self) -> Samples:
@@ -118,7 +121,7 @@ class Samples:
     def _with_labels(self, batch) -> tuple:
         if not isinstance(batch, (list, tuple)) or len(batch) not in (2, 3) or batch[1] is None:
             raise ValueError(
-                "Argument `calibration` must have labels for this criterion, which asks for gradients of the loss: pass "
+                f"Argument `{self._argument}` must have labels for this criterion, which asks for gradients of the loss: pass "
                 "`calibration=(x, y)`, or a dataset or generator of such batches. Received: "
                 f"{type(batch).__name__}{f' of length {len(batch)}' if isinstance(batch, (list, tuple)) else ''}."
             )
@@ -126,7 +129,7 @@ class Samples:
         lengths = [leaf.shape[:1] for leaf in keras.tree.flatten(batch)]
         if len(set(lengths)) != 1:
             raise ValueError(
-                "Argument `calibration` must have as many labels as samples. Received arrays of shapes "
+                f"Argument `{self._argument}` must have as many labels as samples. Received arrays of shapes "
                 f"{[leaf.shape for leaf in keras.tree.flatten(batch)]}."
             )
         return batch
@@ -135,12 +138,12 @@ class Samples:
         leaves = keras.tree.flatten(batch)
         if len({len(leaf) if leaf.ndim else None for leaf in leaves}) != 1 or leaves[0].ndim == 0:
             raise ValueError(
-                "Argument `calibration` must have the same number of samples for every input. Received arrays of shapes "
+                f"Argument `{self._argument}` must have the same number of samples for every input. Received arrays of shapes "
                 f"{[leaf.shape for leaf in leaves]}."
             )
         if self._inputs and len(leaves) != len(self._inputs):
             raise ValueError(
-                f"Argument `calibration` must have one array for each input of model '{self._name}', which has "
+                f"Argument `{self._argument}` must have one array for each input of model '{self._name}', which has "
                 f"{len(self._inputs)}. Received {len(leaves)} arrays, of shapes {[leaf.shape for leaf in leaves]}. (Batches "
                 "of one input are put together with `np.concatenate`, or come as a generator.)"
             )
@@ -155,19 +158,19 @@ class Samples:
         for leaf, wanted in zip(leaves, self._inputs):
             if not _fits(leaf.shape, tuple(wanted.shape)):
                 raise ValueError(
-                    f"Argument `calibration` has samples of the wrong shape for input '{wanted.name}' of model "
+                    f"Argument `{self._argument}` has samples of the wrong shape for input '{wanted.name}' of model "
                     f"'{self._name}', which takes {tuple(wanted.shape)}. Received: an array of shape {leaf.shape}."
                 )
             if leaf.dtype.kind not in "biuf" and wanted.dtype != "string" and leaf.dtype.name != "bfloat16":
                 raise ValueError(
-                    f"Argument `calibration` must hold numbers for input '{wanted.name}' of model '{self._name}'. Received: an "
-                    f"array of dtype {leaf.dtype}."
+                    f"Argument `{self._argument}` must hold numbers for input '{wanted.name}' of model '{self._name}'. "
+                    f"Received: an array of dtype {leaf.dtype}."
                 )
         for leaf in leaves:
             if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
                 bad = np.flatnonzero(~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1))
                 raise ValueError(
-                    f"Argument `calibration` holds NaN or infinity in {len(bad)} of {len(leaf)} samples of a batch, the "
+                    f"Argument `{self._argument}` holds NaN or infinity in {len(bad)} of {len(leaf)} samples of a batch, the "
                     f"first of them sample {bad[0]}. Leave them out. Nothing was changed."
                 )
         return batch

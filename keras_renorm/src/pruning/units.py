@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,15 +76,20 @@ def silence_dead_units(plans: Sequence[KernelPlan], ties: Ties | None) -> None:
     if ties is None:
         return
     for plan in (one for one in plans if one.by_units):
-        variable = plan.kernel.variable
-        alive = (as_array(variable) != 0).any(axis=plan.kernel.input_axes).reshape(-1)
-        for layer in flatten_layers(plan.layer):
-            bias = getattr(layer, "bias", None)
-            is_maker = any(variable is getattr(layer, name, None) for name in ("kernel", "pointwise_kernel"))
-            if is_maker and bias is not None and tuple(bias.shape) == alive.shape:
-                bias.assign(np.where(alive, as_array(bias), 0))
-        for layer in ties.normalizations.get(id(variable), []):
+        alive = (as_array(plan.kernel.variable) != 0).any(axis=plan.kernel.input_axes).reshape(-1)
+        for bias in biases_of(plan.layer, plan.kernel):
+            bias.assign(np.where(alive, as_array(bias), 0))
+        for layer in ties.normalizations.get(id(plan.kernel.variable), []):
             silence_normalization(layer, ~alive)
+
+
+def biases_of(layer: keras.Layer, kernel: Kernel) -> list[keras.Variable]:
+    """The biases within a layer that are added to the outputs of a kernel, one number for each unit."""
+    names = ("kernel", "pointwise_kernel")
+    makers = [one for one in flatten_layers(layer) if any(kernel.variable is getattr(one, name, None) for name in names)]
+    biases = [one.bias for one in makers if getattr(one, "bias", None) is not None]
+    units = kernel.size // math.prod(kernel.variable.shape[axis] for axis in kernel.input_axes)
+    return [bias for bias in biases if tuple(bias.shape) == (units,)]
 
 
 def notes_on_units(model: keras.Model, plans: Sequence[KernelPlan], rules: PruningRules) -> list[str]:

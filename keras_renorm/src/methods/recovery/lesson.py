@@ -1,0 +1,112 @@
+"""A model that is trained to compute what another model computes, at its outputs and where its branches meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_renorm.src.core.keras_internals import inputs_structure, nodes_of
+from keras_renorm.src.models.channels.table import is_sum
+from keras_renorm.src.models.graph import functional_of
+
+Loss = Callable[[Any, Any], Any]
+
+
+class Lesson(keras.Model):
+    """A student and its teacher. `fit` trains the student, without labels.
+
+    Args:
+        student: the model to train; or a model that returns its intermediate values and then its outputs.
+        teacher: the model that computes what the student should compute, in the same structure. It is not trained.
+        losses: a function `(wanted, given) -> loss` for each float that the two return, in their order.
+        outputs: how many of these, at the end, are outputs of the model.
+        augment: maps a batch of inputs to the inputs to learn from. Defaults to `None`.
+        follow: whether the student computes as in training: normalization by the statistics of the batch, dropout. Defaults to
+            `False`.
+    """
+
+    def __init__(
+        self,
+        student: keras.Model,
+        teacher: keras.Model,
+        losses: Sequence[Loss],
+        outputs: int,
+        augment: Callable[[Any], Any] | None = None,
+        follow: bool = False,
+    ):
+        super().__init__(name="lesson")
+        self.student, self.teacher = student, teacher
+        teacher.trainable = False
+        self._loss_of, self._outputs, self._augment, self._follow = list(losses), outputs, augment, follow
+        self.distances = [keras.metrics.Mean(f"distance_{index}") for index in range(len(losses))]
+        self.agreement = keras.metrics.Mean("agreement")
+        # Known after the first call.
+        self.compares_choices = False
+
+    def call(self, inputs, training=None):
+        if training and self._augment is not None:
+            inputs = self._augment(inputs)
+        given = self.student(inputs, training=bool(training) and self._follow)
+        wanted = self.teacher(inputs, training=False)
+        return float_values(wanted), float_values(given)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        wanted, given = y_pred
+        losses = [loss(*pair) for loss, *pair in zip(self._loss_of, wanted, given)]
+        for metric, loss in zip(self.distances, losses):
+            metric.update_state(loss)
+        for one, other in list(zip(wanted, given))[-self._outputs :]:
+            self.compares_choices |= is_choice(one)
+            if is_choice(one):
+                self.agreement.update_state(ops.equal(ops.argmax(one, axis=-1), ops.argmax(other, axis=-1)))
+        return sum(losses)
+
+
+def is_choice(outputs: Any) -> bool:
+    """Whether outputs have several numbers, of which one is the largest."""
+    return len(outputs.shape) > 1 and outputs.shape[-1] > 1
+
+
+def with_places(model: keras.Model) -> tuple[keras.Model, list[str]]:
+    """A model that returns the sums inside a model, where branches meet, and then its outputs; and the names of the sums.
+
+    Sums inside models that are layers are not seen, nor are those of subclassed models.
+    """
+    functional = functional_of(model)
+    if functional is None:
+        return model, []
+    nodes = [node for node in nodes_of(functional) if not node.is_input and is_sum(node.operation)]
+    sums = [node.outputs[0] for node in nodes]
+    outputs = [*sums, *keras.tree.flatten(functional.outputs)]
+    return keras.Model(inputs_structure(functional), outputs), [node.operation.name for node in nodes]
+
+
+def relative_error(wanted: Any, given: Any) -> Any:
+    """The squared error as a share of the variance of what is wanted over the batch."""
+    variance = ops.mean(ops.square(wanted - ops.mean(wanted, axis=0, keepdims=True)))
+    return ops.mean(ops.square(wanted - given)) / (variance + keras.config.epsilon())
+
+
+def divergence(temperature: float, from_logits: bool) -> Loss:
+    """The Kullback-Leibler divergence of class probabilities, both softened by a temperature, times its square.
+
+    Source: G. Hinton and others, Distilling the knowledge in a neural network, arXiv 1503.02531.
+    """
+
+    def loss(wanted, given):
+        if not from_logits:
+            wanted, given = (ops.log(ops.maximum(one, keras.config.epsilon())) for one in (wanted, given))
+        wanted, given = (ops.log_softmax(one / temperature) for one in (wanted, given))
+        return temperature**2 * ops.mean(ops.sum(ops.exp(wanted) * (wanted - given), axis=-1))
+
+    return loss
+
+
+def float_values(outputs: Any) -> list:
+    """The floats among nested outputs, in single precision: losses overflow in half precision."""
+    leaves = [one for one in keras.tree.flatten(outputs) if one is not None]
+    floats = [one for one in leaves if keras.backend.is_float_dtype(keras.backend.standardize_dtype(one.dtype))]
+    return [ops.cast(one, "float32") for one in floats]

@@ -1,0 +1,245 @@
+"""Recovery of a pruned network as a whole: the dense model teaches it on samples without labels."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.core import validation
+from keras_renorm.src.layers.prunable import prunable_layers
+from keras_renorm.src.methods.recovery.lesson import Lesson, divergence, float_values, relative_error, with_places
+from keras_renorm.src.methods.recovery.report import Place, RecoveryReport
+from keras_renorm.src.methods.recovery.zeros import zeros_held
+from keras_renorm.src.models.graph import functional_of
+from keras_renorm.src.models.model_copies import copy_model
+from keras_renorm.src.pruning.conversion import strip
+
+STEPS = 1000
+_FEWEST_SAMPLES = 32
+_MOST_HELD_OUT = 1000
+_MEASUREMENTS = 20
+_FEWEST_STEPS = 10
+_TEMPERATURE = 2.0
+
+
+def recover(
+    pruned: keras.Model,
+    model: keras.Model,
+    samples: Any,
+    epochs: int | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    augment: Callable[[Any], Any] | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    verbose: Any = "auto",
+) -> keras.Model:
+    """Train a pruned model to compute what the dense model computes, on samples without labels.
+
+    The loss compares the outputs of the two models, and the sums inside them where branches meet (residual connections). Zeros
+    of kernels are kept, so that sparsity, patterns and removed units remain. A part of the samples is held out. The weights
+    that are nearest to the dense model there are returned: at worst, those of the model that was passed in.
+
+    The models that are passed in are not changed.
+
+    Args:
+        pruned: a pruned model: the result of `keras_renorm.prune`, or any copy of `model` whose kernels hold zeros. Prunable
+            layers are stripped.
+        model: the dense model.
+        samples: unlabelled samples, as `calibration` in `keras_renorm.prune`; at least 32. The more, the better.
+        epochs: number of passes over the samples. Defaults to `None`: as many as make about 1000 steps.
+        batch_size: number of samples in a training step. Defaults to 64.
+        learning_rate: the first learning rate of Adam. It decays to zero along a cosine. Defaults to 0.003.
+        augment: a layer or a function that maps a batch of inputs to other inputs of the same kind, such as
+            `keras.layers.RandomFlip("horizontal")`. Both models get its result. Defaults to `None`.
+        seconds: time limit. Defaults to `None`: no limit.
+        seed: integer that determines which samples are held out, their order, and random numbers. Defaults to 0.
+        verbose: `"auto"`, 0, 1, or 2: the progress bar. Defaults to `"auto"`: shown where Keras logs interactively.
+
+    Returns:
+        A new model with the layers of `pruned`. It is compiled if `pruned` is, with a fresh optimizer. Its attribute
+        `recovery_report` tells how much nearer to the dense model it is.
+
+    Raises:
+        ValueError: if the models are not built or do not fit together, `pruned` has no trainable weights, or the samples are
+            too few, of the wrong shape or not finite.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_renorm as kr
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(4)])
+    >>> samples = np.random.default_rng(0).standard_normal((512, 16)).astype("float32")
+    >>> pruned = kr.prune(model, 0.8, calibration=samples, verbose=0)
+    >>> better = kr.recover(pruned, model, samples, epochs=20, verbose=0)
+    >>> better.recovery_report.after < better.recovery_report.before
+    True
+    """
+    _check(pruned, model, epochs, batch_size, learning_rate, seconds)
+    verbose = validation.check_verbose(verbose)
+    pruned = strip(pruned) if prunable_layers(pruned) else pruned
+    with Samples(samples, model, batch_size, argument="samples") as batches:
+        x = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
+    learn, held_out = _split(x, seed)
+    first = keras.tree.map_structure(lambda leaf: leaf[:1], x)
+    student, _ = copy_model(pruned, inputs=first)
+    teacher, _ = copy_model(model, inputs=first)
+    with zeros_held(student):
+        lesson, names = _lesson(student, teacher, held_out, learning_rate, augment)
+        student.recovery_report = _learn(
+            lesson, names, learn, held_out, epochs, batch_size, learning_rate, seconds, seed, verbose
+        )
+    return student
+
+
+def _check(pruned, model, epochs, batch_size, learning_rate, seconds):
+    for value, argument in ((pruned, "pruned"), (model, "model")):
+        validation.check_model(value, argument)
+    if pruned is model:
+        raise ValueError("Arguments `pruned` and `model` must be two models. Received: the same model twice.")
+    # Subclassed models do not tell the shapes of their outputs.
+    shapes = [[tuple(one.shape) for one in getattr(value, "outputs", None) or []] for value in (pruned, model)]
+    if all(shapes) and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"Arguments `pruned` and `model` must have outputs of the same shapes. Received: {shapes[0]} and {shapes[1]}."
+        )
+    if not pruned.trainable_variables:
+        raise ValueError(
+            f"Model '{pruned.name}' has no trainable weights, so it cannot learn. Set `trainable = True` on its layers first."
+        )
+    validation.check_count(batch_size, "batch_size")
+    if epochs is not None:
+        validation.check_count(epochs, "epochs")
+    for value, argument in ((learning_rate, "learning_rate"), (seconds, "seconds")):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+            raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
+
+
+def _split(x: Any, seed: int) -> tuple[Any, Any]:
+    """The samples to learn from, and the samples that are held out: a tenth, at most a thousand."""
+    count = len(keras.tree.flatten(x)[0])
+    if count < _FEWEST_SAMPLES:
+        raise ValueError(
+            f"Argument `samples` must hold at least {_FEWEST_SAMPLES} samples, so that some can be held out. Received: {count}."
+        )
+    order = np.random.default_rng(seed).permutation(count)
+    held_out = min(max(count // 10, _FEWEST_SAMPLES // 4), _MOST_HELD_OUT)
+    return tuple(
+        keras.tree.map_structure(lambda leaf, part=part: leaf[part], x) for part in (order[held_out:], order[:held_out])
+    )
+
+
+def _lesson(
+    student: keras.Model, teacher: keras.Model, x: Any, learning_rate: float, augment: Callable | None
+) -> tuple[Lesson, list[str]]:
+    """The compiled lesson, and the names of the places whose losses it sums."""
+    pair = [with_places(one) for one in (student, teacher)]
+    shapes = [[tuple(one.shape) for one in keras.tree.flatten(model.outputs)] for model, names in pair if names]
+    names = pair[0][1] if len(shapes) == 2 and shapes[0] == shapes[1] else []
+    models = [model for model, _ in pair] if names else [student, teacher]
+    few = keras.tree.map_structure(lambda leaf: leaf[:_FEWEST_SAMPLES], x)
+    outputs = float_values(teacher(few, training=False))
+    losses = [relative_error] * len(names) + [_loss_of(one) for one in outputs]
+    lesson = Lesson(*models, losses, len(outputs), augment)
+    # On CPUs XLA takes longer than TensorFlow's own convolutions, and long to compile.
+    on_cpu = keras.backend.backend() == "tensorflow" and not keras.distribution.list_devices("gpu")
+    lesson.compile(keras.optimizers.Adam(learning_rate), jit_compile=False if on_cpu else "auto")
+    return lesson, [*names, *_output_names(teacher, len(outputs))]
+
+
+def _loss_of(outputs: Any) -> Callable:
+    """The divergence for class probabilities, the relative error for all other outputs."""
+    values = keras.ops.convert_to_numpy(outputs)
+    if values.ndim > 1 and values.shape[-1] > 1 and values.min() >= 0 and np.allclose(values.sum(axis=-1), 1, atol=1e-2):
+        return divergence(_TEMPERATURE, from_logits=False)
+    return relative_error
+
+
+def _output_names(model: keras.Model, count: int) -> list[str]:
+    names = list(getattr(functional_of(model), "output_names", None) or [])
+    return names if len(names) == count else [f"output {index}" for index in range(count)]
+
+
+def _learn(
+    lesson: Lesson,
+    names: list[str],
+    x: Any,
+    held_out: Any,
+    epochs: int | None,
+    batch_size: int,
+    learning_rate: float,
+    seconds: float | None,
+    seed: int,
+    verbose: int,
+) -> RecoveryReport:
+    """Train, and leave the best weights in the student."""
+    began = time.monotonic()
+    count = len(keras.tree.flatten(x)[0])
+    batch_size = min(batch_size, count)
+    steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
+    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen.
+    at_once = max(_FEWEST_STEPS, steps // _MEASUREMENTS)
+    order = _order(count, steps * batch_size, seed)
+
+    def measure():
+        return lesson.evaluate(held_out, batch_size=batch_size, verbose=0, return_dict=True)
+
+    start = best = measure()
+    weights, best_step, step, notes = _values(lesson.student), 0, 0, []
+    bar = keras.utils.Progbar(steps, verbose=verbose, unit_name="step", stateful_metrics=["distance", "agreement"])
+    try:
+        while step < steps:
+            progress = max(step / steps, (time.monotonic() - began) / seconds if seconds else 0)
+            if progress >= 1:
+                notes.append(f"The time limit of {seconds:g} seconds ended recovery after {step} of {steps} steps.")
+                break
+            lesson.optimizer.learning_rate = learning_rate * (1 + math.cos(math.pi * progress)) / 2
+            keras.utils.set_random_seed(seed + step)
+            part = order[step * batch_size : (step + at_once) * batch_size]
+            chosen = keras.tree.map_structure(lambda leaf, part=part: leaf[part], x)
+            lesson.fit(chosen, batch_size=batch_size, shuffle=False, verbose=0)
+            step = min(step + at_once, steps)
+            now = measure()
+            if not math.isfinite(now["loss"]):
+                notes.append(f"NaN or infinity ended recovery at step {step}. A lower `learning_rate` may help.")
+                break
+            if now["loss"] < best["loss"]:
+                best, best_step, weights = now, step, _values(lesson.student)
+            bar.update(step, [("distance", now["loss"]), ("agreement", now["agreement"])])
+    except KeyboardInterrupt:
+        notes.append(f"An interrupt ended recovery after {step} of {steps} steps.")
+    for variable, value in zip(lesson.student.weights, weights):
+        variable.assign(value)
+    if best_step == 0:
+        notes.append("No step came nearer to the dense model on the samples that were held out, so nothing was changed.")
+    distances = [f"distance_{index}" for index in range(len(names))]
+    has_agreement = lesson.compares_choices
+    return RecoveryReport(
+        tuple(Place(name, start[key], best[key]) for name, key in zip(names, distances)),
+        start["loss"],
+        best["loss"],
+        start["agreement"] if has_agreement else None,
+        best["agreement"] if has_agreement else None,
+        count,
+        len(keras.tree.flatten(held_out)[0]),
+        step,
+        best_step,
+        time.monotonic() - began,
+        tuple(notes),
+    )
+
+
+def _order(count: int, length: int, seed: int) -> np.ndarray:
+    """The samples of all steps, one after the other: in each pass every sample once, in another order."""
+    passes = [np.random.default_rng([seed, number]).permutation(count) for number in range(math.ceil(length / count))]
+    return np.concatenate(passes)[:length]
+
+
+def _values(model: keras.Model) -> list[np.ndarray]:
+    """The weights of a model, in memory of their own."""
+    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in model.weights]

@@ -1,0 +1,71 @@
+"""The report of a recovery."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from keras_renorm.src.core.tables import format_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A place at which the pruned model is compared with the dense model: an output, or a sum inside.
+
+    Args:
+        name: name of the layer or operation.
+        before: the loss there on the held-out samples before recovery.
+        after: the same loss after recovery.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoveryReport:
+    """The report of `keras_renorm.recover`. Print it for a table; `places` are the data.
+
+    Args:
+        places: a `Place` for each loss. Outputs come last.
+        before: the sum of the losses on the held-out samples before recovery.
+        after: the same sum after recovery.
+        agreement_before: share of the held-out samples for which the largest output of the two models is the same, before
+            recovery; `None` for outputs of one number.
+        agreement_after: the same share after recovery.
+        samples: number of samples to learn from.
+        held_out: number of samples that were held out.
+        steps: number of training steps.
+        best_step: the step whose weights were kept; 0 if nothing was better than the start.
+        seconds: duration.
+        notes: sentences on what was not done as asked.
+    """
+
+    places: tuple[Place, ...]
+    before: float
+    after: float
+    agreement_before: float | None
+    agreement_after: float | None
+    samples: int
+    held_out: int
+    steps: int
+    best_step: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        header = ("place", "before", "after")
+        cells = [(place.name, f"{place.before:.4f}", f"{place.after:.4f}") for place in self.places]
+        cells.append(("sum of the losses", f"{self.before:.4f}", f"{self.after:.4f}"))
+        lines = [format_table(header, cells, right=(1, 2), total=True)]
+        if self.agreement_before is not None:
+            lines.append(
+                f"Agreement with the dense model: {self.agreement_before:.4f} before, {self.agreement_after:.4f} after."
+            )
+        lines.append(
+            f"{self.samples:,} samples, {self.steps:,} steps in {self.seconds:.0f} s; the weights of step {self.best_step:,}. "
+            f"Losses and agreement are those of {self.held_out:,} samples that were held out."
+        )
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+    __repr__ = __str__

@@ -1,0 +1,320 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_renorm as kr
+from keras_renorm.src.methods.recovery import recover as module
+from keras_renorm.src.methods.recovery.lesson import Lesson, divergence, relative_error, with_places
+from tests.layers.cases import CASES, model_around, model_inputs
+
+L = keras.layers
+X = np.random.default_rng(0).standard_normal((160, 12)).astype("float32")
+
+
+def dense(*last, inputs=12):
+    layers = [L.Dense(24, "relu", name="a"), L.Dense(16, "relu", name="b"), *(last or [L.Dense(3, name="c")])]
+    model = keras.Sequential([keras.Input((inputs,)), *layers])
+    model.compile("adam", "mse")
+    return model
+
+
+def residual():
+    inputs = keras.Input((8, 8, 3))
+    x = L.Conv2D(8, 3, padding="same", activation="relu", name="first")(inputs)
+    y = L.BatchNormalization(name="norm")(L.Conv2D(8, 3, padding="same", name="inside")(x))
+    x = L.ReLU()(L.Add(name="sum")([x, y]))
+    x = L.ReLU()(x + L.Conv2D(8, 1, name="second")(x))
+    return keras.Model(inputs, L.Dense(4, "softmax", name="classes")(L.GlobalAveragePooling2D()(x)))
+
+
+IMAGES = np.random.default_rng(1).standard_normal((96, 8, 8, 3)).astype("float32")
+
+
+def recover(pruned, model, x=X, **arguments):
+    return kr.recover(pruned, model, x, **{"epochs": 4, "batch_size": 16, "verbose": 0, **arguments})
+
+
+def values(model):
+    return [ops.convert_to_numpy(variable).copy() for variable in model.weights]
+
+
+def assert_same(one, other):
+    for first, second in zip(one, other, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def distance(model, other, x):
+    return np.mean((model.predict(x, verbose=0) - other.predict(x, verbose=0)) ** 2)
+
+
+def test_it_comes_nearer_on_samples_that_it_did_not_see():
+    generator = np.random.default_rng(0)
+    mixed = generator.standard_normal((12, 12))
+    x = (generator.standard_normal((600, 12)) @ mixed).astype("float32")
+    model = dense()
+    pruned = kr.prune(model, 0.8, calibration=x[:200], verbose=0)
+    before = values(model), values(pruned)
+    better = recover(pruned, model, x[:400], epochs=30)
+    assert distance(model, better, x[400:]) < 0.9 * distance(model, pruned, x[400:])
+    report = better.recovery_report
+    assert report.after < 0.9 * report.before
+    assert (report.samples, report.held_out, report.steps) == (360, 40, 30 * 360 // 16)
+    assert 0 < report.best_step <= report.steps
+    assert len(report.places) == 1
+    assert_same([*before[0], *before[1]], [*values(model), *values(pruned)])
+    assert better.compiled
+    assert better.optimizer is not pruned.optimizer
+    assert [layer.name for layer in better.layers] == [layer.name for layer in pruned.layers]
+    assert "were held out" in str(report)
+
+
+PATTERNS = ["unstructured", kr.patterns.Block((4, 1)), kr.patterns.NOfM(2, 4), "unit"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_zeros_remain(pattern):
+    model = residual()
+    pruned = kr.prune(model, 0.5, pattern=pattern, calibration=IMAGES, verbose=0)
+    better = recover(pruned, model, IMAGES, learning_rate=0.01, epochs=2)
+    names = ("kernel", "gamma", "beta", "bias")
+    moved = 0
+    for one, other in zip(pruned.weights, better.weights):
+        one_value, other_value = map(ops.convert_to_numpy, (one, other))
+        if one.name == "kernel":
+            np.testing.assert_array_equal(one_value == 0, other_value == 0)
+        moved += int(one.name in names and not np.array_equal(one_value, other_value))
+        assert other.constraint is None
+    if better.recovery_report.best_step:
+        assert moved > 3
+    assert kr.compact(better).count_params() == kr.compact(pruned).count_params()
+
+
+@pytest.mark.usefixtures("eager")
+def test_units_that_are_dead_remain_dead():
+    model = residual()
+    pruned = kr.prune(model, 0.5, pattern="unit", verbose=0)
+    better = recover(pruned, model, IMAGES, learning_rate=0.05, epochs=3)
+    features = [keras.Model(one.input, one.get_layer("sum").input[1]) for one in (pruned, better)]
+    dead, still = (np.abs(one.predict(IMAGES, verbose=0)).max(axis=(0, 1, 2)) == 0 for one in features)
+    assert dead.sum() == 4
+    np.testing.assert_array_equal(dead, still)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_layer(name):
+    create, inputs, _, _ = CASES[name]
+    model = model_around(create(), inputs)
+    x = model_inputs(inputs)
+    x = keras.tree.map_structure(lambda leaf: np.concatenate([np.asarray(leaf)] * (1 + 40 // len(leaf))), x)
+    pruned = kr.prune(model, 0.5)
+    better = recover(pruned, model, x, epochs=1)
+    assert better.recovery_report.after <= better.recovery_report.before
+    assert kr.summary(better).sparsity == pytest.approx(kr.summary(pruned).sparsity)
+
+
+@pytest.mark.usefixtures("eager")
+def test_places_are_sums_and_outputs():
+    model = residual()
+    pruned = kr.prune(model, 0.5, calibration=IMAGES, verbose=0)
+    places = recover(pruned, model, IMAGES, epochs=1).recovery_report.places
+    assert len(places) == 3
+    assert (places[0].name, places[2].name) == ("sum", "classes")
+    small = kr.compact(kr.prune(model, 0.5, pattern="unit"))
+    # Where units are gone, sums have other shapes.
+    assert [place.name for place in recover(small, model, IMAGES, epochs=1).recovery_report.places] == ["classes"]
+
+
+def test_several_inputs_and_outputs():
+    inputs = {"u": keras.Input((6,), name="u"), "v": keras.Input((4,), dtype="int32", name="v")}
+    x = L.Concatenate()([L.Dense(8, "relu")(inputs["u"]), L.Flatten()(L.Embedding(9, 4)(inputs["v"]))])
+    model = keras.Model(inputs, {"class": L.Dense(3, "softmax")(x), "value": L.Dense(1)(x), "index": ops.argmax(x, axis=-1)})
+    generator = np.random.default_rng(0)
+    samples = {"u": generator.standard_normal((64, 6)).astype("float32"), "v": generator.integers(0, 9, (64, 4))}
+    pruned = kr.prune(model, 0.5)
+    report = recover(pruned, model, samples, epochs=20).recovery_report
+    assert len(report.places) == 2
+    assert report.after < report.before
+    assert report.agreement_before is not None
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_subclassed_model():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = L.Dense(16, "relu"), L.Dense(2)
+
+        def call(self, inputs):
+            return self.last(self.first(inputs))
+
+    model = Net()
+    model(X[:1])
+    pruned = kr.prune(model, 0.5, calibration=X, verbose=0)
+    better = recover(pruned, model)
+    assert isinstance(better, Net)
+    assert better.recovery_report.after < better.recovery_report.before
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(better.first.kernel) == 0, ops.convert_to_numpy(pruned.first.kernel) == 0
+    )
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_prunable_model_is_stripped():
+    model = dense()
+    prunable = kr.to_prunable(model)
+    for layer in prunable.layers:
+        layer.update_masks(0.5)
+    better = recover(prunable, model)
+    assert type(better.layers[0]) is L.Dense
+    assert kr.summary(better).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.usefixtures("eager")
+def test_other_constraints_hold():
+    model = dense(L.Dense(3, kernel_constraint="non_neg", name="c"))
+    model.get_layer("c").kernel.assign(np.abs(ops.convert_to_numpy(model.get_layer("c").kernel)))
+    pruned = kr.prune(model, 0.5)
+    better = recover(pruned, model, learning_rate=0.05)
+    kernel = ops.convert_to_numpy(better.get_layer("c").kernel)
+    assert (kernel >= 0).all()
+    assert isinstance(better.get_layer("c").kernel.constraint, keras.constraints.NonNeg)
+
+
+@pytest.mark.usefixtures("eager")
+def test_samples_come_in_any_way():
+    model = dense()
+    pruned = kr.prune(model, 0.5)
+    whole = values(recover(pruned, model, X, epochs=2))
+    batches = [X[:100], X[100:]]
+    assert_same(whole, values(recover(pruned, model, (batch for batch in batches), epochs=2)))
+    assert_same(whole, values(recover(pruned, model, ((batch, None) for batch in batches), epochs=2)))
+
+
+@pytest.mark.usefixtures("eager")
+def test_seeds():
+    model = dense()
+    pruned = kr.prune(model, 0.5)
+    one, again, other = (values(recover(pruned, model, epochs=2, seed=seed)) for seed in (0, 0, 1))
+    assert_same(one, again)
+    assert not all(np.array_equal(first, second) for first, second in zip(one, other))
+
+
+@pytest.mark.usefixtures("eager")
+def test_both_models_see_what_is_augmented():
+    model = dense()
+    pruned = kr.prune(model, 0.5)
+    better = recover(pruned, model, augment=L.GaussianNoise(0.1))
+    assert better.recovery_report.after < better.recovery_report.before
+    # To learn from constants teaches nothing of the samples.
+    blind = recover(pruned, model, augment=lambda x: 0 * x)
+    assert blind.recovery_report.after > better.recovery_report.after
+
+
+# What goes wrong.
+
+
+@pytest.mark.usefixtures("eager")
+def test_nothing_worse_than_the_start_is_returned():
+    model = dense()
+    pruned = kr.prune(model, 0.1, calibration=X, verbose=0)
+    better = recover(pruned, model, learning_rate=30.0, epochs=1)
+    report = better.recovery_report
+    assert (report.best_step, report.after) == (0, report.before)
+    assert "nothing was changed" in report.notes[-1]
+    assert_same(values(better), values(pruned))
+
+
+@pytest.mark.usefixtures("eager")
+def test_nan_ends_it():
+    model = dense()
+    pruned = kr.prune(model, 0.5)
+    report = recover(pruned, model, learning_rate=1e30, epochs=20).recovery_report
+    assert report.steps < 20 * 9
+    assert report.notes[0].startswith("NaN or infinity ended recovery at step")
+    assert np.isfinite(report.after)
+
+
+@pytest.mark.usefixtures("eager")
+def test_an_interrupt_returns_the_best_so_far(monkeypatch):
+    fits = []
+
+    def fit(self, *args, **kwargs):
+        fits.append(self)
+        if len(fits) == 4:
+            raise KeyboardInterrupt
+        return keras.Model.fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(Lesson, "fit", fit)
+    model = dense()
+    report = recover(kr.prune(model, 0.5), model, epochs=20).recovery_report
+    assert report.notes == (f"An interrupt ended recovery after {report.steps} of 180 steps.",)
+    assert report.after < report.before
+
+
+def test_a_time_limit(monkeypatch):
+    clock = iter(np.arange(0, 1000.0))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    model = dense()
+    report = recover(kr.prune(model, 0.5), model, epochs=20, seconds=6).recovery_report
+    assert 0 < report.steps < 180
+    assert report.notes[0].startswith("The time limit of 6 seconds ended recovery after")
+
+
+def others():
+    model = dense()
+    return kr.prune(model, 0.5), model
+
+
+BAD = {
+    "the same model": (lambda p, m: (m, m, X), {}, "must be two models"),
+    "other outputs": (lambda p, m: (p, dense(L.Dense(2)), X), {}, "outputs of the same shapes.*3.*2"),
+    "few": (lambda p, m: (p, m, X[:20]), {}, "at least 32 samples.*Received: 20"),
+    "shape": (lambda p, m: (p, m, X[:, :5]), {}, "`samples` has samples of the wrong shape"),
+    "nan": (lambda p, m: (p, m, np.full((40, 12), np.nan)), {}, "`samples` holds NaN"),
+    "nothing": (lambda p, m: (p, m, iter([])), {}, "`samples` contains no samples"),
+    "no model": (lambda p, m: (p, None, X), {}, "`model` must be a `keras.Model`"),
+    "epochs": (lambda p, m: (p, m, X), dict(epochs=0), "`epochs` must be an integer of at least 1"),
+    "batch": (lambda p, m: (p, m, X), dict(batch_size=0), "`batch_size` must be an integer of at least 1"),
+    "rate": (lambda p, m: (p, m, X), dict(learning_rate=-1.0), "`learning_rate` must be a positive number"),
+    "seconds": (lambda p, m: (p, m, X), dict(seconds=0), "`seconds` must be a positive number"),
+    "verbose": (lambda p, m: (p, m, X), dict(verbose=7), "`verbose`"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    arguments, more, message = BAD[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        recover(*arguments(*others()), **more)
+
+
+def test_nothing_to_train():
+    pruned, model = others()
+    pruned.trainable = False
+    with pytest.raises(ValueError, match="no trainable weights"):
+        recover(pruned, model)
+
+
+# By hand.
+
+
+def test_losses_by_hand():
+    wanted, given = np.array([[1.0, 0.0], [3.0, 0.0]], "float32"), np.array([[1.0, 1.0], [3.0, 1.0]], "float32")
+    # Squares 0, 1, 0, 1; variances of the columns 1 and 0.
+    assert float(relative_error(wanted, given)) == pytest.approx(0.5 / 0.5, rel=1e-5)
+    halves, quarters = np.array([[0.5, 0.5]], "float32"), np.array([[0.25, 0.75]], "float32")
+    expected = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+    assert float(divergence(1.0, from_logits=False)(halves, quarters)) == pytest.approx(expected, rel=1e-4)
+    assert float(divergence(1.0, from_logits=True)(np.log(halves), np.log(quarters))) == pytest.approx(expected, rel=1e-4)
+    softened = quarters**0.5 / np.sum(quarters**0.5)
+    expected = 4 * np.sum(halves * np.log(halves / softened))
+    assert float(divergence(2.0, from_logits=False)(halves, quarters)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_with_places():
+    model = residual()
+    outputs, names = with_places(model)
+    assert names[0] == "sum"
+    assert [tuple(one.shape) for one in outputs.outputs] == [(None, 8, 8, 8), (None, 8, 8, 8), (None, 4)]
