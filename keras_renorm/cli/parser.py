@@ -42,6 +42,8 @@ examples:
   keras-renorm prune model.keras --sparsity 0.9 --calibration samples.npz -o pruned.keras
       with a thousand unlabelled samples: fitted layer by layer, which keeps
       far more accuracy
+  keras-renorm prune model.keras --sparsity 0.9 --calibration samples.npz --recover -o pruned.keras
+      then the dense model teaches the pruned one: minutes, more accuracy
   keras-renorm prune model.keras --sparsity 'block_*=0.9' --sparsity logits=0.5 -o pruned.keras
       these layers alone, each with its own sparsity
   keras-renorm prune model.keras --sparsity 0.9 --target litert -o pruned.keras
@@ -159,6 +161,11 @@ def _add_prune(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--layer", action="append", metavar="LAYER", help="prune this layer (or glob); repeat it for more (default: all)"
     )
+    command.add_argument(
+        "--recover",
+        action="store_true",
+        help="let the dense model teach the pruned one on the samples of --calibration (minutes)",
+    )
     command.add_argument("--compact", action="store_true", help="take units without weights out of the network")
     command.add_argument(
         "--batch-size", type=types.count, default=128, metavar="N", help="samples at once (default: %(default)s)"
@@ -264,6 +271,8 @@ def contradiction(arguments: argparse.Namespace) -> str | None:
         return "give either --layer or --sparsity LAYER=SHARE, which names the layers"
     if arguments.target and isinstance(arguments.pattern, tuple) and arguments.pattern[0] != "unstructured":
         return "--target chooses the patterns: leave --pattern out, or give it as LAYER=NAME"
+    if arguments.recover and not arguments.calibration:
+        return "--recover needs samples: --calibration X.npz"
     if arguments.criterion in names.LABELLED_CRITERIA:
         return f"--criterion {arguments.criterion} needs labels and the loss of the model: call `keras_renorm.prune` in Python"
     for option, value in (("--criterion", arguments.criterion), ("--renormalize", arguments.renormalize)):

@@ -9,6 +9,7 @@ from typing import Any
 
 from keras_renorm.cli import files
 from keras_renorm.src.export.inputs import structured
+from keras_renorm.src.methods.recovery.recover import recover
 from keras_renorm.src.pruning.compaction import compact
 from keras_renorm.src.pruning.one_shot import prune
 from keras_renorm.src.rules import patterns
@@ -33,18 +34,22 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
         batch_size=arguments.batch_size,
         verbose=int(sys.stderr.isatty()),
     )
-    report, smaller = pruned.pruning_report, None
+    report, smaller, recovered = pruned.pruning_report, None, None
+    if arguments.recover:
+        pruned = recover(pruned, model, structured(model, samples), verbose=int(sys.stderr.isatty()))
+        recovered = pruned.recovery_report
     if arguments.compact:
         pruned = compact(pruned)
         smaller = pruned.compaction_report
     with files.written_whole(arguments.output) as path:
         pruned.save(path)
-    text = [str(report), *([f"\n{smaller}"] if smaller else []), f"\nwritten: {arguments.output}"]
+    text = [str(report), *(f"\n{one}" for one in (recovered, smaller) if one), f"\nwritten: {arguments.output}"]
     data = {
         "path": arguments.output,
         "sparsity": report.sparsity,
         "parameters": pruned.count_params(),
         "rows": [dataclasses.asdict(row) | {"sparsity": row.sparsity} for row in report.rows],
+        "recovered": dataclasses.asdict(recovered) if recovered else None,
         "compacted": dataclasses.asdict(smaller) if smaller else None,
     }
     return "\n".join(text), data

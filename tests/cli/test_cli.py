@@ -101,6 +101,16 @@ def test_prune_units_and_take_them_out(run, tmp_path):
     assert keras.models.load_model(tmp_path / "s.keras").get_layer("hidden").units == 16
 
 
+def test_prune_and_recover(run, tmp_path):
+    command = "prune model.keras --sparsity 0.9 --calibration x.npz --recover -o @out.keras"
+    status, out, err = run(command)
+    assert (status, err) == (0, "")
+    assert "samples that were held out" in out
+    told = json.loads(run(f"{command} --force --json")[1])
+    assert told["recovered"]["after"] <= told["recovered"]["before"]
+    assert kr.summary(keras.models.load_model(tmp_path / "out.keras")).sparsity == pytest.approx(0.9, abs=0.01)
+
+
 def test_report_of_a_keras_file(run):
     status, out, _ = run("report pruned.keras")
     assert status == 0
@@ -554,6 +564,7 @@ def test_warnings_take_one_line(run, tmp_path):
         ("prune model.keras --sparsity fc=0.9 --layer out -o out.keras", "either --layer or --sparsity LAYER=SHARE"),
         ("prune model.keras --sparsity 0.9 --target litert --pattern unit -o out.keras", "--target chooses the patterns"),
         ("prune model.keras --sparsity 0.9 --criterion admm -o out.keras", "admm needs samples: --calibration"),
+        ("prune model.keras --sparsity 0.9 --recover -o out.keras", "--recover needs samples: --calibration"),
         (
             "prune model.keras --sparsity 0.9 --criterion taylor --calibration x.npz -o out.keras",
             "taylor needs labels and the loss of the model",
