@@ -313,6 +313,29 @@ def test_losses_by_hand():
     assert float(divergence(2.0, from_logits=False)(halves, quarters)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("outputs", "from_logits", "expected"),
+    [
+        ([[0.2, 0.8], [0.6, 0.4]], False, "loss"),
+        ([[2.0, -1.0], [0.0, 3.0]], True, "loss"),
+        ([[2.0, -1.0], [0.0, 3.0]], False, "relative_error"),
+        ([[0.3], [0.7]], True, "relative_error"),
+        ([0.3, 0.7], True, "relative_error"),
+    ],
+)
+def test_which_loss(outputs, from_logits, expected):
+    assert module._loss_of(np.array(outputs, "float32"), from_logits).__name__ == expected
+
+
+def test_the_loss_of_the_model_tells_of_logits():
+    model = dense()
+    assert not module._has_logits(model)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    assert module._has_logits(model)
+    model.compile("adam", "sparse_categorical_crossentropy")
+    assert not module._has_logits(model)
+
+
 def test_with_places():
     model = residual()
     outputs, names = with_places(model)

@@ -13,7 +13,7 @@ import numpy as np
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.core import validation
 from keras_renorm.src.layers.prunable import prunable_layers
-from keras_renorm.src.methods.recovery.lesson import Lesson, divergence, float_values, relative_error, with_places
+from keras_renorm.src.methods.recovery.lesson import Lesson, divergence, float_values, is_choice, relative_error, with_places
 from keras_renorm.src.methods.recovery.report import Place, RecoveryReport
 from keras_renorm.src.methods.recovery.zeros import zeros_held
 from keras_renorm.src.models.graph import functional_of
@@ -35,6 +35,7 @@ def recover(
     epochs: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
+    from_logits: bool | None = None,
     augment: Callable[[Any], Any] | None = None,
     seconds: float | None = None,
     seed: int = 0,
@@ -42,9 +43,12 @@ def recover(
 ) -> keras.Model:
     """Train a pruned model to compute what the dense model computes, on samples without labels.
 
-    The loss compares the outputs of the two models, and the sums inside them where branches meet (residual connections). Zeros
-    of kernels are kept, so that sparsity, patterns and removed units remain. A part of the samples is held out. The weights
-    that are nearest to the dense model there are returned: at worst, those of the model that was passed in.
+    The loss compares the outputs of the two models: class probabilities by the Kullback-Leibler divergence at a temperature of
+    2, other outputs by the squared error relative to their variance. It also compares the sums inside the models where branches
+    meet (residual connections), by the relative squared error. Normalization computes as in inference.
+
+    Zeros of kernels are kept, so that sparsity, patterns and removed units remain. A part of the samples is held out. The
+    weights that are nearest to the dense model there are returned: at worst, those of the model that was passed in.
 
     The models that are passed in are not changed.
 
@@ -56,6 +60,9 @@ def recover(
         epochs: number of passes over the samples. Defaults to `None`: as many as make about 1000 steps.
         batch_size: number of samples in a training step. Defaults to 64.
         learning_rate: the first learning rate of Adam. It decays to zero along a cosine. Defaults to 0.003.
+        from_logits: whether the outputs are logits of classes, whose probabilities are compared. Probabilities are recognized
+            by their values; all other outputs are compared as numbers. Defaults to `None`: as the loss says that `model` is
+            compiled with; `False` if it is not compiled.
         augment: a layer or a function that maps a batch of inputs to other inputs of the same kind, such as
             `keras.layers.RandomFlip("horizontal")`. Both models get its result. Defaults to `None`.
         seconds: time limit. Defaults to `None`: no limit.
@@ -90,7 +97,8 @@ def recover(
     student, _ = copy_model(pruned, inputs=first)
     teacher, _ = copy_model(model, inputs=first)
     with zeros_held(student):
-        lesson, names = _lesson(student, teacher, held_out, learning_rate, augment)
+        from_logits = _has_logits(model) if from_logits is None else from_logits
+        lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augment)
         student.recovery_report = _learn(
             lesson, names, learn, held_out, epochs, batch_size, learning_rate, seconds, seed, verbose
         )
@@ -135,7 +143,7 @@ def _split(x: Any, seed: int) -> tuple[Any, Any]:
 
 
 def _lesson(
-    student: keras.Model, teacher: keras.Model, x: Any, learning_rate: float, augment: Callable | None
+    student: keras.Model, teacher: keras.Model, x: Any, learning_rate: float, from_logits: bool, augment: Callable | None
 ) -> tuple[Lesson, list[str]]:
     """The compiled lesson, and the names of the places whose losses it sums."""
     pair = [with_places(one) for one in (student, teacher)]
@@ -144,7 +152,7 @@ def _lesson(
     models = [model for model, _ in pair] if names else [student, teacher]
     few = keras.tree.map_structure(lambda leaf: leaf[:_FEWEST_SAMPLES], x)
     outputs = float_values(teacher(few, training=False))
-    losses = [relative_error] * len(names) + [_loss_of(one) for one in outputs]
+    losses = [relative_error] * len(names) + [_loss_of(one, from_logits) for one in outputs]
     lesson = Lesson(*models, losses, len(outputs), augment)
     # On CPUs XLA takes longer than TensorFlow's own convolutions, and long to compile.
     on_cpu = keras.backend.backend() == "tensorflow" and not keras.distribution.list_devices("gpu")
@@ -152,12 +160,18 @@ def _lesson(
     return lesson, [*names, *_output_names(teacher, len(outputs))]
 
 
-def _loss_of(outputs: Any) -> Callable:
-    """The divergence for class probabilities, the relative error for all other outputs."""
+def _has_logits(model: keras.Model) -> bool:
+    return model.compiled and bool(getattr(model.loss, "from_logits", False))
+
+
+def _loss_of(outputs: Any, from_logits: bool) -> Callable:
+    """The divergence for class probabilities and logits, the relative error for all other outputs."""
     values = keras.ops.convert_to_numpy(outputs)
-    if values.ndim > 1 and values.shape[-1] > 1 and values.min() >= 0 and np.allclose(values.sum(axis=-1), 1, atol=1e-2):
+    if not is_choice(values):
+        return relative_error
+    if values.min() >= 0 and np.allclose(values.sum(axis=-1), 1, atol=1e-2):
         return divergence(_TEMPERATURE, from_logits=False)
-    return relative_error
+    return divergence(_TEMPERATURE, from_logits=True) if from_logits else relative_error
 
 
 def _output_names(model: keras.Model, count: int) -> list[str]:
