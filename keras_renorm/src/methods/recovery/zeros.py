@@ -28,7 +28,7 @@ class KeepZeros(keras.constraints.Constraint):
         self._mask, self._inner = ops.convert_to_tensor(mask), inner
 
     def __call__(self, value: Any) -> Any:
-        value = value if self._inner is None else self._inner(value)
+        value = ops.convert_to_tensor(value if self._inner is None else self._inner(value))
         return ops.where(self._mask, value, ops.zeros((), value.dtype))
 
 
