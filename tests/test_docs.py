@@ -104,6 +104,10 @@ def stand_ins(page: str, monkeypatch: pytest.MonkeyPatch) -> dict:
         kr.export_tflite(model, "dense.tflite")
         images = np.random.default_rng(0).standard_normal((64, 16, 16, 3)).astype("float32")
         return dict(model=model, images=images)
+    elif page == "docs/recovery.md":
+        monkeypatch.setattr(kr, "recover", with_changes(kr.recover, epochs=2))
+        images = np.random.default_rng(0).standard_normal((64, 16, 16, 3)).astype("float32")
+        return dict(model=convolutional_network(), images=images)
     elif page == "examples/README.md":
         kr.export_tflite(dense_network(), "model.tflite")
     return trained if page in LEFT_TO_THE_READER else {}

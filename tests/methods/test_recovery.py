@@ -297,6 +297,13 @@ def test_nothing_to_train():
         recover(pruned, model)
 
 
+def test_nothing_to_compare():
+    inputs = keras.Input((12,))
+    model = keras.Model(inputs, ops.argmax(L.Dense(4)(L.Dense(8)(inputs)), axis=-1))
+    with pytest.raises(ValueError, match="no outputs of floats"):
+        recover(kr.prune(model, 0.5), model)
+
+
 # By hand.
 
 

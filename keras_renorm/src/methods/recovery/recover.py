@@ -66,7 +66,8 @@ def recover(
         augment: a layer or a function that maps a batch of inputs to other inputs of the same kind, such as
             `keras.layers.RandomFlip("horizontal")`. Both models get its result. Defaults to `None`.
         seconds: time limit. Defaults to `None`: no limit.
-        seed: integer that determines which samples are held out, their order, and random numbers. Defaults to 0.
+        seed: integer that determines which samples are held out, their order, and all random numbers: it is passed to
+            `keras.utils.set_random_seed`. Defaults to 0.
         verbose: `"auto"`, 0, 1, or 2: the progress bar. Defaults to `"auto"`: shown where Keras logs interactively.
 
     Returns:
@@ -152,6 +153,8 @@ def _lesson(
     models = [model for model, _ in pair] if names else [student, teacher]
     few = keras.tree.map_structure(lambda leaf: leaf[:_FEWEST_SAMPLES], x)
     outputs = float_values(teacher(few, training=False))
+    if not outputs:
+        raise ValueError(f"Model '{teacher.name}' has no outputs of floats, so nothing can be compared.")
     losses = [relative_error] * len(names) + [_loss_of(one, from_logits) for one in outputs]
     lesson = Lesson(*models, losses, len(outputs), augment)
     # On CPUs XLA takes longer than TensorFlow's own convolutions, and long to compile.
