@@ -55,11 +55,11 @@ def test_it_comes_nearer_on_samples_that_it_did_not_see():
     model = dense()
     pruned = kr.prune(model, 0.8, calibration=x[:200], verbose=0)
     before = values(model), values(pruned)
-    better = recover(pruned, model, x[:400], epochs=30)
+    better = recover(pruned, model, x[:400], epochs=12)
     assert distance(model, better, x[400:]) < 0.9 * distance(model, pruned, x[400:])
     report = better.recovery_report
     assert report.after < 0.9 * report.before
-    assert (report.samples, report.held_out, report.steps) == (360, 40, 30 * 360 // 16)
+    assert (report.samples, report.held_out, report.steps) == (360, 40, 12 * 360 // 16)
     assert 0 < report.best_step <= report.steps
     assert len(report.places) == 1
     assert_same([*before[0], *before[1]], [*values(model), *values(pruned)])
@@ -139,7 +139,6 @@ def test_several_inputs_and_outputs():
     assert report.agreement_before is not None
 
 
-@pytest.mark.usefixtures("eager")
 def test_a_subclassed_model():
     class Net(keras.Model):
         def __init__(self):
@@ -152,7 +151,7 @@ def test_a_subclassed_model():
     model = Net()
     model(X[:1])
     pruned = kr.prune(model, 0.5, calibration=X, verbose=0)
-    better = recover(pruned, model, epochs=20)
+    better = recover(pruned, model, epochs=10)
     assert isinstance(better, Net)
     assert better.recovery_report.after < better.recovery_report.before
     np.testing.assert_array_equal(
