@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -97,12 +98,14 @@ def recover(
     first = keras.tree.map_structure(lambda leaf: leaf[:1], x)
     student, _ = copy_model(pruned, inputs=first)
     teacher, _ = copy_model(model, inputs=first)
+    from_logits = _has_logits(model) if from_logits is None else from_logits
+    lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augment)
+    count = len(keras.tree.flatten(learn)[0])
+    batch_size = min(batch_size, count)
+    steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
     with zeros_held(student):
-        from_logits = _has_logits(model) if from_logits is None else from_logits
-        lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augment)
-        student.recovery_report = _learn(
-            lesson, names, learn, held_out, epochs, batch_size, learning_rate, seconds, seed, verbose
-        )
+        course = _learn(lesson, learn, held_out, steps, batch_size, learning_rate, seconds, seed, verbose)
+    student.recovery_report = _report(lesson, names, course, count, len(keras.tree.flatten(held_out)[0]))
     return student
 
 
@@ -182,72 +185,86 @@ def _output_names(model: keras.Model, count: int) -> list[str]:
     return names if len(names) == count else [f"output {index}" for index in range(count)]
 
 
+@dataclasses.dataclass
+class _Course:
+    """What training came to: the measurements at its start and at its best step, and how it ended."""
+
+    start: dict[str, float]
+    best: dict[str, float]
+    best_step: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
 def _learn(
     lesson: Lesson,
-    names: list[str],
     x: Any,
     held_out: Any,
-    epochs: int | None,
+    steps: int,
     batch_size: int,
     learning_rate: float,
     seconds: float | None,
     seed: int,
     verbose: int,
-) -> RecoveryReport:
+) -> _Course:
     """Train, and leave the best weights in the student."""
-    began = time.monotonic()
-    count = len(keras.tree.flatten(x)[0])
-    batch_size = min(batch_size, count)
-    steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
-    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen.
-    at_once = max(_FEWEST_STEPS, steps // _MEASUREMENTS)
-    order = _order(count, steps * batch_size, seed)
 
     def measure():
         return lesson.evaluate(held_out, batch_size=batch_size, verbose=0, return_dict=True)
 
-    start = best = measure()
-    weights, best_step, step, notes = _values(lesson.student), 0, 0, []
+    began = time.monotonic()
+    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen.
+    at_once = max(_FEWEST_STEPS, steps // _MEASUREMENTS)
+    order = _order(len(keras.tree.flatten(x)[0]), steps * batch_size, seed)
+    start, weights = measure(), _values(lesson.student)
+    course = _Course(start, start)
     bar = keras.utils.Progbar(steps, verbose=verbose, unit_name="step", stateful_metrics=["distance", "agreement"])
     try:
-        while step < steps:
-            progress = max(step / steps, (time.monotonic() - began) / seconds if seconds else 0)
+        while course.steps < steps:
+            progress = max(course.steps / steps, (time.monotonic() - began) / seconds if seconds else 0)
             if progress >= 1:
-                notes.append(f"The time limit of {seconds:g} seconds ended recovery after {step} of {steps} steps.")
+                course.notes.append(
+                    f"The time limit of {seconds:g} seconds ended recovery after {course.steps} of {steps} steps."
+                )
                 break
             lesson.optimizer.learning_rate = learning_rate * (1 + math.cos(math.pi * progress)) / 2
-            keras.utils.set_random_seed(seed + step)
-            part = order[step * batch_size : (step + at_once) * batch_size]
+            keras.utils.set_random_seed(seed + course.steps)
+            part = order[course.steps * batch_size : (course.steps + at_once) * batch_size]
             chosen = keras.tree.map_structure(lambda leaf, part=part: leaf[part], x)
             lesson.fit(chosen, batch_size=batch_size, shuffle=False, verbose=0)
-            step = min(step + at_once, steps)
+            course.steps = min(course.steps + at_once, steps)
             now = measure()
             if not math.isfinite(now["loss"]):
-                notes.append(f"NaN or infinity ended recovery at step {step}. A lower `learning_rate` may help.")
+                course.notes.append(f"NaN or infinity ended recovery at step {course.steps}. A lower `learning_rate` may help.")
                 break
-            if now["loss"] < best["loss"]:
-                best, best_step, weights = now, step, _values(lesson.student)
-            bar.update(step, [("distance", now["loss"]), ("agreement", now["agreement"])])
+            if now["loss"] < course.best["loss"]:
+                course.best, course.best_step, weights = now, course.steps, _values(lesson.student)
+            bar.update(course.steps, [("distance", now["loss"]), ("agreement", now["agreement"])])
     except KeyboardInterrupt:
-        notes.append(f"An interrupt ended recovery after {step} of {steps} steps.")
+        course.notes.append(f"An interrupt ended recovery after {course.steps} of {steps} steps.")
     for variable, value in zip(lesson.student.weights, weights):
         variable.assign(value)
-    if best_step == 0:
-        notes.append("No step came nearer to the dense model on the samples that were held out, so nothing was changed.")
-    distances = [f"distance_{index}" for index in range(len(names))]
-    has_agreement = lesson.compares_choices
+    course.seconds = time.monotonic() - began
+    return course
+
+
+def _report(lesson: Lesson, names: list[str], course: _Course, samples: int, held_out: int) -> RecoveryReport:
+    keys = [f"distance_{index}" for index in range(len(names))]
+    start, best = course.start, course.best
+    agreement = [one["agreement"] if lesson.compares_choices else None for one in (start, best)]
+    unchanged = "No step came nearer to the dense model on the samples that were held out, so nothing was changed."
     return RecoveryReport(
-        tuple(Place(name, start[key], best[key]) for name, key in zip(names, distances)),
+        tuple(Place(name, start[key], best[key]) for name, key in zip(names, keys)),
         start["loss"],
         best["loss"],
-        start["agreement"] if has_agreement else None,
-        best["agreement"] if has_agreement else None,
-        count,
-        len(keras.tree.flatten(held_out)[0]),
-        step,
-        best_step,
-        time.monotonic() - began,
-        tuple(notes),
+        *agreement,
+        samples,
+        held_out,
+        course.steps,
+        course.best_step,
+        course.seconds,
+        (*course.notes, *([] if course.best_step else [unchanged])),
     )
 
 
