@@ -150,7 +150,7 @@ def test_a_subclassed_model():
 
     model = Net()
     model(X[:1])
-    pruned = kr.prune(model, 0.5, calibration=X, verbose=0)
+    pruned = kr.prune(model, 0.5)
     better = recover(pruned, model, epochs=10)
     assert isinstance(better, Net)
     assert better.recovery_report.after < better.recovery_report.before
