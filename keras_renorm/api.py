@@ -2,10 +2,10 @@
 
 from keras_renorm import callbacks, criteria, export, layers, methods, optimizers, patterns, plots, renorm, schedules
 from keras_renorm.export import export_tflite
-from keras_renorm.src.methods.recovery.recover import recover
 from keras_renorm.src.pruning.compaction import compact
 from keras_renorm.src.pruning.conversion import strip, to_prunable
 from keras_renorm.src.pruning.one_shot import prune
+from keras_renorm.src.pruning.recovery.recover import recover
 from keras_renorm.src.reports.summary import summary
 from keras_renorm.version import __version__
 

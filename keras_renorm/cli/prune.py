@@ -9,9 +9,9 @@ from typing import Any
 
 from keras_renorm.cli import files
 from keras_renorm.src.export.inputs import structured
-from keras_renorm.src.methods.recovery.recover import recover
 from keras_renorm.src.pruning.compaction import compact
 from keras_renorm.src.pruning.one_shot import prune
+from keras_renorm.src.pruning.recovery.recover import recover
 from keras_renorm.src.rules import patterns
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import keras_renorm as kr
+from keras_renorm.src.core import run_folder
 from keras_renorm.src.layers.prunable import prunable_layers
-from keras_renorm.src.methods import outcome, run_folder, run_state
+from keras_renorm.src.methods import outcome, run_state
 
 X = np.random.default_rng(0).standard_normal((256, 8)).astype("float32")
 Y = (X[:, :1] - 0.5 * X[:, 1:2]).astype("float32")

@@ -14,11 +14,11 @@ from typing import Any
 
 import keras
 
+from keras_renorm.src.core.run_folder import RunFolder
 from keras_renorm.src.layers.prunable import sparsity_of
 from keras_renorm.src.methods import run_state
 from keras_renorm.src.methods.outcome import Goal, Round
 from keras_renorm.src.methods.round_training import SeedAgain, StopWhenHeld, train
-from keras_renorm.src.methods.run_folder import RunFolder
 from keras_renorm.src.methods.run_state import State, copied, optimizer_variables
 
 

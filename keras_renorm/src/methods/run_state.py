@@ -12,9 +12,9 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.core.registry import Configurable
+from keras_renorm.src.core.run_folder import RunFolder, digest
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.methods.outcome import Round
-from keras_renorm.src.methods.run_folder import RunFolder, digest
 
 
 class State:

@@ -14,12 +14,12 @@ import numpy as np
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.core import validation
 from keras_renorm.src.layers.prunable import prunable_layers
-from keras_renorm.src.methods.recovery.lesson import Lesson, divergence, float_values, is_choice, relative_error, with_places
-from keras_renorm.src.methods.recovery.report import Place, RecoveryReport
-from keras_renorm.src.methods.recovery.zeros import zeros_held
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.models.model_copies import copy_model
 from keras_renorm.src.pruning.conversion import strip
+from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, float_values, is_choice, relative_error, with_places
+from keras_renorm.src.pruning.recovery.report import Place, RecoveryReport
+from keras_renorm.src.pruning.recovery.zeros import zeros_held
 
 STEPS = 1000
 _FEWEST_SAMPLES = 32

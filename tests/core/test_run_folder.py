@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from keras_renorm.src.methods import run_folder
-from keras_renorm.src.methods.run_folder import RunFolder
+from keras_renorm.src.core import run_folder
+from keras_renorm.src.core.run_folder import RunFolder
 
 RUN = {"seed": 1}
 STATE = {"step": 0.1, "metrics": [0.5, float("nan")], "note": "ä"}

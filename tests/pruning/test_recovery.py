@@ -4,8 +4,8 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.src.methods.recovery import recover as module
-from keras_renorm.src.methods.recovery.lesson import Lesson, divergence, relative_error, with_places
+from keras_renorm.src.pruning.recovery import recover as module
+from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, relative_error, with_places
 from tests.layers.cases import CASES, model_around, model_inputs
 
 L = keras.layers
