@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
+from keras_renorm.src.pruning.recovery import course
 from keras_renorm.src.pruning.recovery import recover as module
 from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, relative_error, with_places
 from tests.layers.cases import CASES, model_around, model_inputs
@@ -254,7 +255,7 @@ def test_an_interrupt_returns_the_best_so_far(monkeypatch):
 
 def test_a_time_limit(monkeypatch):
     clock = iter(np.arange(0, 1000.0))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(course.time, "monotonic", lambda: next(clock))
     model = dense()
     report = recover(kr.prune(model, 0.5), model, epochs=20, seconds=6).recovery_report
     assert 0 < report.steps < 180
@@ -350,3 +351,57 @@ def test_with_places():
     outputs, names = with_places(model)
     assert names[0] == "sum"
     assert [tuple(one.shape) for one in outputs.outputs] == [(None, 8, 8, 8), (None, 8, 8, 8), (None, 4)]
+
+
+def run_of(folder, **arguments):
+    model = dense()
+    keras.utils.set_random_seed(3)
+    for variable in model.weights:
+        variable.assign(keras.random.normal(variable.shape) * 0.3)
+    return model, kr.prune(model, 0.7, calibration=X, verbose=0), dict(epochs=30, directory=folder, **arguments)
+
+
+def interrupted_at(monkeypatch, steps):
+    """Let training be interrupted when it has come to a step."""
+    fit = Lesson.fit
+
+    def interrupted(self, *args, **kwargs):
+        if int(self.optimizer.iterations) >= steps:
+            raise KeyboardInterrupt
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(Lesson, "fit", interrupted)
+
+
+def test_a_recovery_that_is_continued_ends_like_one_in_one_go(tmp_path, monkeypatch):
+    model, pruned, arguments = run_of(tmp_path / "whole")
+    whole = recover(pruned, model, **arguments)
+    arguments["directory"] = tmp_path / "parts"
+    with monkeypatch.context() as context:
+        interrupted_at(context, 100)
+        part = recover(pruned, model, **arguments)
+    assert 100 <= part.recovery_report.steps < whole.recovery_report.steps
+    assert "An interrupt ended recovery after" in part.recovery_report.notes[0]
+    keras.utils.set_random_seed(11)
+    continued = recover(pruned, model, **arguments)
+    assert_same(values(whole), values(continued))
+    one, other = (vars(each.recovery_report) for each in (whole, continued))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    # All is done, so nothing is done.
+    monkeypatch.setattr(Lesson, "fit", None)
+    assert_same(values(whole), values(recover(pruned, model, **arguments)))
+
+
+def test_a_recovery_goes_on_with_more_seconds(tmp_path):
+    model, pruned, arguments = run_of(tmp_path)
+    few = recover(pruned, model, seconds=1e-6, **arguments).recovery_report
+    assert few.steps < 10
+    assert recover(pruned, model, **arguments).recovery_report.steps == 30 * 144 // 16
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(learning_rate=0.1), dict(epochs=3), dict(x=2 * X)], ids=str)
+def test_the_state_of_another_recovery_is_refused(tmp_path, change):
+    model, pruned, arguments = run_of(tmp_path)
+    recover(pruned, model, **{**arguments, "epochs": 2})
+    with pytest.raises(ValueError, match="holds the state of another run"):
+        recover(pruned, model, **{**arguments, "epochs": 2, **change})

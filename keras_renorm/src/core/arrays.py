@@ -20,6 +20,15 @@ def as_array(value: Any) -> np.ndarray:
     return np.asarray(value.value.value() if isinstance(value, keras.Variable) else value)
 
 
+def copied(variable: keras.Variable) -> np.ndarray:
+    """The value of a variable, in memory of its own: on PyTorch an array may share the memory of the variable.
+
+    Half-precision values are returned as float32, which every file format knows.
+    """
+    value = keras.ops.convert_to_numpy(variable)
+    return np.array(value, "float32" if value.dtype.kind == "V" else value.dtype)
+
+
 def for_another(value: Any) -> Any:
     """The values of a variable or a tensor, to be assigned to a variable of another model; without a copy if that is safe."""
     # TensorFlow copies when one of the two is written to. On JAX they would share arrays, which training frees.

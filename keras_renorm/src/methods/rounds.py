@@ -14,12 +14,13 @@ from typing import Any
 
 import keras
 
+from keras_renorm.src.core.arrays import copied
 from keras_renorm.src.core.run_folder import RunFolder
 from keras_renorm.src.layers.prunable import sparsity_of
 from keras_renorm.src.methods import run_state
 from keras_renorm.src.methods.outcome import Goal, Round
 from keras_renorm.src.methods.round_training import SeedAgain, StopWhenHeld, train
-from keras_renorm.src.methods.run_state import State, copied, optimizer_variables
+from keras_renorm.src.methods.run_state import State, optimizer_variables
 
 
 @dataclasses.dataclass(frozen=True)

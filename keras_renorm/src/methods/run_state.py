@@ -9,8 +9,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_renorm.src.core.arrays import copied
 from keras_renorm.src.core.registry import Configurable
 from keras_renorm.src.core.run_folder import RunFolder, digest
 from keras_renorm.src.layers.prunable import prunable_layers
@@ -95,15 +95,6 @@ def optimizer_chain(optimizer: Any) -> Iterator[Any]:
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "inner_optimizer", None)
-
-
-def copied(variable: keras.Variable) -> np.ndarray:
-    """The value of a variable, in memory of its own: on PyTorch an array may share the memory of the variable.
-
-    Half-precision values are returned as float32, which every file format knows.
-    """
-    value = ops.convert_to_numpy(variable)
-    return np.array(value, "float32" if value.dtype.kind == "V" else value.dtype)
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:

@@ -22,7 +22,7 @@ class Lesson(keras.Model):
         student: the model to train; or a model that returns its intermediate values and then its outputs.
         teacher: the model that computes what the student should compute, in the same structure. It is not trained.
         losses: a function `(wanted, given) -> loss` for each float that the two return, in their order.
-        outputs: how many of these, at the end, are outputs of the model.
+        choices: for each of these, at the end, that is an output of the model, whether its largest number is a choice.
         augment: maps a batch of inputs to the inputs to learn from. Defaults to `None`.
         follow: whether the student computes as in training: normalization by the statistics of the batch, dropout. Defaults to
             `False`.
@@ -33,18 +33,21 @@ class Lesson(keras.Model):
         student: keras.Model,
         teacher: keras.Model,
         losses: Sequence[Loss],
-        outputs: int,
+        choices: Sequence[bool],
         augment: Callable[[Any], Any] | None = None,
         follow: bool = False,
     ):
         super().__init__(name="lesson")
         self.student, self.teacher = student, teacher
         teacher.trainable = False
-        self._loss_of, self._outputs, self._augment, self._follow = list(losses), outputs, augment, follow
+        self._loss_of, self._choices, self._augment, self._follow = list(losses), list(choices), augment, follow
         self.distances = [keras.metrics.Mean(f"distance_{index}") for index in range(len(losses))]
         self.agreement = keras.metrics.Mean("agreement")
-        # Known after the first call.
-        self.compares_choices = False
+
+    @property
+    def compares_choices(self) -> bool:
+        """Whether `agreement` says something."""
+        return any(self._choices)
 
     def call(self, inputs, training=None):
         if training and self._augment is not None:
@@ -58,9 +61,9 @@ class Lesson(keras.Model):
         losses = [loss(*pair) for loss, *pair in zip(self._loss_of, wanted, given)]
         for metric, loss in zip(self.distances, losses):
             metric.update_state(loss)
-        for one, other in list(zip(wanted, given))[-self._outputs :]:
-            self.compares_choices |= is_choice(one)
-            if is_choice(one):
+        outputs = [list(values)[-len(self._choices) :] for values in (wanted, given)]
+        for one, other, chooses in zip(*outputs, self._choices):
+            if chooses:
                 self.agreement.update_state(ops.equal(ops.argmax(one, axis=-1), ops.argmax(other, axis=-1)))
         return sum(losses)
 

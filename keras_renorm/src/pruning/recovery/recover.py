@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
-import time
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy as np
 
 from keras_renorm.src.calibration.samples import Samples
 from keras_renorm.src.core import validation
+from keras_renorm.src.core.arrays import copied
+from keras_renorm.src.core.run_folder import RunFolder, digest
 from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.models.model_copies import copy_model
 from keras_renorm.src.pruning.conversion import strip
+from keras_renorm.src.pruning.recovery.course import Course, Training, take_course
 from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, float_values, is_choice, relative_error, with_places
 from keras_renorm.src.pruning.recovery.report import Place, RecoveryReport
 from keras_renorm.src.pruning.recovery.zeros import zeros_held
@@ -24,8 +27,6 @@ from keras_renorm.src.pruning.recovery.zeros import zeros_held
 STEPS = 1000
 _FEWEST_SAMPLES = 32
 _MOST_HELD_OUT = 1000
-_MEASUREMENTS = 20
-_FEWEST_STEPS = 10
 _TEMPERATURE = 2.0
 
 
@@ -39,6 +40,7 @@ def recover(
     from_logits: bool | None = None,
     augment: Callable[[Any], Any] | None = None,
     seconds: float | None = None,
+    directory: str | os.PathLike | None = None,
     seed: int = 0,
     verbose: Any = "auto",
 ) -> keras.Model:
@@ -67,6 +69,8 @@ def recover(
         augment: a layer or a function that maps a batch of inputs to other inputs of the same kind, such as
             `keras.layers.RandomFlip("horizontal")`. Both models get its result. Defaults to `None`.
         seconds: time limit. Defaults to `None`: no limit.
+        directory: folder for the state, which is written about 20 times. If the folder holds the state of the same recovery,
+            it is continued: after an interrupt, or with more `seconds`. Defaults to `None`: no state is kept.
         seed: integer that determines which samples are held out, their order, and all random numbers: it is passed to
             `keras.utils.set_random_seed`. Defaults to 0.
         verbose: `"auto"`, 0, 1, or 2: the progress bar. Defaults to `"auto"`: shown where Keras logs interactively.
@@ -100,13 +104,37 @@ def recover(
     teacher, _ = copy_model(model, inputs=first)
     from_logits = _has_logits(model) if from_logits is None else from_logits
     lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augment)
-    count = len(keras.tree.flatten(learn)[0])
+    count = _count(learn)
     batch_size = min(batch_size, count)
     steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
-    with zeros_held(student):
-        course = _learn(lesson, learn, held_out, steps, batch_size, learning_rate, seconds, seed, verbose)
-    student.recovery_report = _report(lesson, names, course, count, len(keras.tree.flatten(held_out)[0]))
+    training = Training(steps, batch_size, learning_rate, seconds, seed, verbose)
+    settings = [
+        steps,
+        batch_size,
+        learning_rate,
+        seed,
+        from_logits,
+        names,
+        getattr(augment, "__qualname__", repr(type(augment))),
+    ]
+    with _folder(directory, [*settings, _digest(student, teacher, x)]) as folder, zeros_held(student):
+        course = take_course(lesson, learn, held_out, training, folder)
+    student.recovery_report = _report(lesson, names, course, count, _count(held_out))
     return student
+
+
+def _folder(directory: str | os.PathLike | None, run: Any) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if directory is None else RunFolder(directory, run)
+
+
+def _digest(student: keras.Model, teacher: keras.Model, x: Any) -> str:
+    """A digest of the models and the samples, by which a recovery that is continued is known."""
+    variables = [copied(variable) for variable in (*student.weights, *teacher.weights)]
+    return digest(np.ascontiguousarray(one).tobytes() for one in (*variables, *keras.tree.flatten(x)))
+
+
+def _count(samples: Any) -> int:
+    return len(keras.tree.flatten(samples)[0])
 
 
 def _check(pruned, model, epochs, batch_size, learning_rate, seconds):
@@ -134,7 +162,7 @@ def _check(pruned, model, epochs, batch_size, learning_rate, seconds):
 
 def _split(x: Any, seed: int) -> tuple[Any, Any]:
     """The samples to learn from, and the samples that are held out: a tenth, at most a thousand."""
-    count = len(keras.tree.flatten(x)[0])
+    count = _count(x)
     if count < _FEWEST_SAMPLES:
         raise ValueError(
             f"Argument `samples` must hold at least {_FEWEST_SAMPLES} samples, so that some can be held out. Received: {count}."
@@ -159,7 +187,7 @@ def _lesson(
     if not outputs:
         raise ValueError(f"Model '{teacher.name}' has no outputs of floats, so nothing can be compared.")
     losses = [relative_error] * len(names) + [_loss_of(one, from_logits) for one in outputs]
-    lesson = Lesson(*models, losses, len(outputs), augment)
+    lesson = Lesson(*models, losses, [is_choice(one) for one in outputs], augment)
     # On CPUs XLA takes longer than TensorFlow's own convolutions, and long to compile.
     on_cpu = keras.backend.backend() == "tensorflow" and not keras.distribution.list_devices("gpu")
     lesson.compile(keras.optimizers.Adam(learning_rate), jit_compile=False if on_cpu else "auto")
@@ -185,71 +213,7 @@ def _output_names(model: keras.Model, count: int) -> list[str]:
     return names if len(names) == count else [f"output {index}" for index in range(count)]
 
 
-@dataclasses.dataclass
-class _Course:
-    """What training came to: the measurements at its start and at its best step, and how it ended."""
-
-    start: dict[str, float]
-    best: dict[str, float]
-    best_step: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-
-def _learn(
-    lesson: Lesson,
-    x: Any,
-    held_out: Any,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seconds: float | None,
-    seed: int,
-    verbose: int,
-) -> _Course:
-    """Train, and leave the best weights in the student."""
-
-    def measure():
-        return lesson.evaluate(held_out, batch_size=batch_size, verbose=0, return_dict=True)
-
-    began = time.monotonic()
-    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen.
-    at_once = max(_FEWEST_STEPS, steps // _MEASUREMENTS)
-    order = _order(len(keras.tree.flatten(x)[0]), steps * batch_size, seed)
-    start, weights = measure(), _values(lesson.student)
-    course = _Course(start, start)
-    bar = keras.utils.Progbar(steps, verbose=verbose, unit_name="step", stateful_metrics=["distance", "agreement"])
-    try:
-        while course.steps < steps:
-            progress = max(course.steps / steps, (time.monotonic() - began) / seconds if seconds else 0)
-            if progress >= 1:
-                course.notes.append(
-                    f"The time limit of {seconds:g} seconds ended recovery after {course.steps} of {steps} steps."
-                )
-                break
-            lesson.optimizer.learning_rate = learning_rate * (1 + math.cos(math.pi * progress)) / 2
-            keras.utils.set_random_seed(seed + course.steps)
-            part = order[course.steps * batch_size : (course.steps + at_once) * batch_size]
-            chosen = keras.tree.map_structure(lambda leaf, part=part: leaf[part], x)
-            lesson.fit(chosen, batch_size=batch_size, shuffle=False, verbose=0)
-            course.steps = min(course.steps + at_once, steps)
-            now = measure()
-            if not math.isfinite(now["loss"]):
-                course.notes.append(f"NaN or infinity ended recovery at step {course.steps}. A lower `learning_rate` may help.")
-                break
-            if now["loss"] < course.best["loss"]:
-                course.best, course.best_step, weights = now, course.steps, _values(lesson.student)
-            bar.update(course.steps, [("distance", now["loss"]), ("agreement", now["agreement"])])
-    except KeyboardInterrupt:
-        course.notes.append(f"An interrupt ended recovery after {course.steps} of {steps} steps.")
-    for variable, value in zip(lesson.student.weights, weights):
-        variable.assign(value)
-    course.seconds = time.monotonic() - began
-    return course
-
-
-def _report(lesson: Lesson, names: list[str], course: _Course, samples: int, held_out: int) -> RecoveryReport:
+def _report(lesson: Lesson, names: list[str], course: Course, samples: int, held_out: int) -> RecoveryReport:
     keys = [f"distance_{index}" for index in range(len(names))]
     start, best = course.start, course.best
     agreement = [one["agreement"] if lesson.compares_choices else None for one in (start, best)]
@@ -266,14 +230,3 @@ def _report(lesson: Lesson, names: list[str], course: _Course, samples: int, hel
         course.seconds,
         (*course.notes, *([] if course.best_step else [unchanged])),
     )
-
-
-def _order(count: int, length: int, seed: int) -> np.ndarray:
-    """The samples of all steps, one after the other: in each pass every sample once, in another order."""
-    passes = [np.random.default_rng([seed, number]).permutation(count) for number in range(math.ceil(length / count))]
-    return np.concatenate(passes)[:length]
-
-
-def _values(model: keras.Model) -> list[np.ndarray]:
-    """The weights of a model, in memory of their own."""
-    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in model.weights]

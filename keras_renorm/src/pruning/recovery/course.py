@@ -1,0 +1,137 @@
+"""The course of a recovery: training in small parts, the best weights, and a state on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm.src.core.arrays import copied
+from keras_renorm.src.core.run_folder import RunFolder
+from keras_renorm.src.pruning.recovery.lesson import Lesson
+
+_MEASUREMENTS = 20
+_FEWEST_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a student is trained. The arguments are those of `keras_renorm.recover`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seconds: float | None
+    seed: int
+    verbose: int
+
+
+@dataclasses.dataclass
+class Course:
+    """What training came to: the measurements at its start and at its best step, and how it ended."""
+
+    start: dict[str, float]
+    best: dict[str, float]
+    best_step: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folder: RunFolder | None) -> Course:
+    """Train, and leave the best weights in the student.
+
+    Args:
+        lesson: the compiled lesson.
+        x: the samples to learn from.
+        held_out: the samples by which the best weights are chosen.
+        training: how to train.
+        folder: where the state is kept after every part. A course that is found there is continued. `None`: nowhere.
+    """
+    began = time.monotonic()
+    lesson.optimizer.build(lesson.trainable_variables)
+    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen.
+    at_once = max(_FEWEST_STEPS, training.steps // _MEASUREMENTS)
+    order = _order(len(keras.tree.flatten(x)[0]), training.steps * training.batch_size, training.seed)
+    course, best = _first(lesson, held_out, training, folder)
+    earlier = course.seconds
+    bar = keras.utils.Progbar(
+        training.steps, verbose=training.verbose, unit_name="step", stateful_metrics=["distance", "agreement"]
+    )
+    try:
+        while course.steps < training.steps:
+            course.seconds = earlier + time.monotonic() - began
+            progress = max(course.steps / training.steps, course.seconds / training.seconds if training.seconds else 0)
+            if progress >= 1:
+                course.notes.append(
+                    f"The time limit of {training.seconds:g} seconds ended recovery after {course.steps} of {training.steps} "
+                    "steps."
+                )
+                break
+            lesson.optimizer.learning_rate = training.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+            keras.utils.set_random_seed(training.seed + course.steps)
+            part = order[course.steps * training.batch_size : (course.steps + at_once) * training.batch_size]
+            chosen = keras.tree.map_structure(lambda leaf, part=part: leaf[part], x)
+            lesson.fit(chosen, batch_size=training.batch_size, shuffle=False, verbose=0)
+            now = _measure(lesson, held_out, training)
+            course.steps = min(course.steps + at_once, training.steps)
+            if not math.isfinite(now["loss"]):
+                course.notes.append(f"NaN or infinity ended recovery at step {course.steps}. A lower `learning_rate` may help.")
+                break
+            if now["loss"] < course.best["loss"]:
+                course.best, course.best_step, best = now, course.steps, _values(lesson.student.weights)
+            bar.update(course.steps, [("distance", now["loss"]), ("agreement", now["agreement"])])
+            course.seconds = earlier + time.monotonic() - began
+            _write(folder, lesson, course, best)
+    except KeyboardInterrupt:
+        course.notes.append(f"An interrupt ended recovery after {course.steps} of {training.steps} steps.")
+    _assign(lesson.student.weights, best)
+    course.seconds = earlier + time.monotonic() - began
+    return course
+
+
+def _first(lesson: Lesson, held_out: Any, training: Training, folder: RunFolder | None) -> tuple[Course, list[np.ndarray]]:
+    """The course on disk, whose state the lesson then has; or a new one. Also its best weights."""
+    found = None if folder is None else folder.read()
+    if found is None:
+        start = _measure(lesson, held_out, training)
+        return Course(start, start), _values(lesson.student.weights)
+    record, values = found
+    variables = _changing(lesson)
+    _assign(variables, values[: len(variables)])
+    return Course(**record), values[len(variables) :]
+
+
+def _write(folder: RunFolder | None, lesson: Lesson, course: Course, best: Sequence[np.ndarray]) -> None:
+    if folder is not None:
+        folder.write(dataclasses.asdict(course), course.steps, [*_values(_changing(lesson)), *best])
+
+
+def _changing(lesson: Lesson) -> list[keras.Variable]:
+    """All variables that training changes."""
+    return [*lesson.student.weights, *lesson.optimizer.variables]
+
+
+def _measure(lesson: Lesson, held_out: Any, training: Training) -> dict[str, float]:
+    logs = lesson.evaluate(held_out, batch_size=training.batch_size, verbose=0, return_dict=True)
+    return {name: float(value) for name, value in logs.items()}
+
+
+def _order(count: int, length: int, seed: int) -> np.ndarray:
+    """The samples of all steps, one after the other: in each pass every sample once, in another order."""
+    passes = [np.random.default_rng([seed, number]).permutation(count) for number in range(math.ceil(length / count))]
+    return np.concatenate(passes)[:length]
+
+
+def _values(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+    return [copied(variable) for variable in variables]
+
+
+def _assign(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(variables, values):
+        variable.assign(value)
