@@ -166,6 +166,13 @@ def _add_prune(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="let the dense model teach the pruned one on the samples of --calibration (minutes)",
     )
+    command.add_argument(
+        "--augment",
+        action="append",
+        choices=tuple(names.AUGMENTATIONS),
+        metavar="NAME",
+        help="with --recover, change images at random: %(choices)s; repeat it for more",
+    )
     command.add_argument("--compact", action="store_true", help="take units without weights out of the network")
     command.add_argument(
         "--batch-size", type=types.count, default=128, metavar="N", help="samples at once (default: %(default)s)"
@@ -273,6 +280,8 @@ def contradiction(arguments: argparse.Namespace) -> str | None:
         return "--target chooses the patterns: leave --pattern out, or give it as LAYER=NAME"
     if arguments.recover and not arguments.calibration:
         return "--recover needs samples: --calibration X.npz"
+    if arguments.augment and not arguments.recover:
+        return "--augment goes with --recover"
     if arguments.criterion in names.LABELLED_CRITERIA:
         return f"--criterion {arguments.criterion} needs labels and the loss of the model: call `keras_renorm.prune` in Python"
     for option, value in (("--criterion", arguments.criterion), ("--renormalize", arguments.renormalize)):

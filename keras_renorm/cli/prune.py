@@ -11,7 +11,6 @@ from keras_renorm.cli import files
 from keras_renorm.src.export.inputs import structured
 from keras_renorm.src.pruning.compaction import compact
 from keras_renorm.src.pruning.one_shot import prune
-from keras_renorm.src.pruning.recovery.recover import recover
 from keras_renorm.src.rules import patterns
 
 
@@ -31,13 +30,11 @@ def run(arguments: argparse.Namespace) -> tuple[str, dict]:
         calibration=None if samples is None else structured(model, samples),
         layers=arguments.layer,
         target=arguments.target,
+        recover=arguments.recover and {"augment": arguments.augment},
         batch_size=arguments.batch_size,
         verbose=int(sys.stderr.isatty()),
     )
-    report, smaller, recovered = pruned.pruning_report, None, None
-    if arguments.recover:
-        pruned = recover(pruned, model, structured(model, samples), verbose=int(sys.stderr.isatty()))
-        recovered = pruned.recovery_report
+    report, recovered, smaller = pruned.pruning_report, getattr(pruned, "recovery_report", None), None
     if arguments.compact:
         pruned = compact(pruned)
         smaller = pruned.compaction_report

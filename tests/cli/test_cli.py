@@ -565,6 +565,7 @@ def test_warnings_take_one_line(run, tmp_path):
         ("prune model.keras --sparsity 0.9 --target litert --pattern unit -o out.keras", "--target chooses the patterns"),
         ("prune model.keras --sparsity 0.9 --criterion admm -o out.keras", "admm needs samples: --calibration"),
         ("prune model.keras --sparsity 0.9 --recover -o out.keras", "--recover needs samples: --calibration"),
+        ("prune model.keras --sparsity 0.9 --augment flip -o out.keras", "--augment goes with --recover"),
         (
             "prune model.keras --sparsity 0.9 --criterion taylor --calibration x.npz -o out.keras",
             "taylor needs labels and the loss of the model",

@@ -4,7 +4,8 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.src.pruning.recovery import course
+from keras_renorm.src.pruning import one_shot
+from keras_renorm.src.pruning.recovery import augmentation, course
 from keras_renorm.src.pruning.recovery import recover as module
 from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, relative_error, with_places
 from tests.layers.cases import CASES, model_around, model_inputs
@@ -280,6 +281,9 @@ BAD = {
     "rate": (lambda p, m: (p, m, X), dict(learning_rate=-1.0), "`learning_rate` must be a positive number"),
     "seconds": (lambda p, m: (p, m, X), dict(seconds=0), "`seconds` must be a positive number"),
     "verbose": (lambda p, m: (p, m, X), dict(verbose=7), "`verbose`"),
+    "augment": (lambda p, m: (p, m, X), dict(augment="turn"), "`augment` must be one of .'flip', 'shift'."),
+    "no images": (lambda p, m: (p, m, X), dict(augment=["flip"]), "one input of images.*'flip'.*12"),
+    "no function": (lambda p, m: (p, m, X), dict(augment=3), "`augment` must be a name, a layer, a function"),
 }
 
 
@@ -405,3 +409,65 @@ def test_the_state_of_another_recovery_is_refused(tmp_path, change):
     recover(pruned, model, **{**arguments, "epochs": 2})
     with pytest.raises(ValueError, match="holds the state of another run"):
         recover(pruned, model, **{**arguments, "epochs": 2, **change})
+
+
+def test_prune_recovers():
+    model = residual()
+    pruned = kr.prune(model, 0.8, calibration=IMAGES, verbose=0)
+    expected = kr.recover(pruned, model, IMAGES, epochs=3, batch_size=32, augment=["flip", "shift"], seed=2, verbose=0)
+    options = dict(epochs=3, batch_size=32, augment=["flip", "shift"], seed=2)
+    better = kr.prune(model, 0.8, calibration=(batch for batch in (IMAGES[:50], IMAGES[50:])), recover=options, verbose=0)
+    np.testing.assert_allclose(better.predict(IMAGES, verbose=0), expected.predict(IMAGES, verbose=0), rtol=1e-2, atol=1e-4)
+    assert better.recovery_report.steps == expected.recovery_report.steps
+    assert str(better.pruning_report) == str(pruned.pruning_report) == str(expected.pruning_report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(recover=True), ValueError, "`recover` needs samples: pass `calibration`"),
+        (dict(recover=5, calibration=X), TypeError, "`recover` must be a bool or a dict"),
+        (dict(recover=dict(epoch=3), calibration=X), ValueError, r"`recover` can hold .*'epochs'.*Received: .'epoch'."),
+        (dict(recover=dict(epochs=0), calibration=X), ValueError, "`epochs` must be an integer of at least 1"),
+        (dict(recover=dict(augment="flip"), calibration=X), ValueError, "only for models with one input of images"),
+    ],
+    ids=["samples", "type", "name", "value", "augment"],
+)
+def test_prune_refuses_what_recovery_would_refuse_before_it_prunes(monkeypatch, arguments, error, message):
+    monkeypatch.setattr(one_shot, "copy_model", None)
+    with pytest.raises(error, match=message):
+        kr.prune(dense(), 0.5, verbose=0, **arguments)
+
+
+@pytest.mark.parametrize(
+    "augment",
+    ["flip", "shift", L.RandomFlip("vertical"), lambda x: -x, ["flip", lambda x: 2 * x]],
+    ids=["flip", "shift", "layer", "function", "list"],
+)
+def test_augmentations(augment):
+    keras.utils.set_random_seed(0)
+    changed = ops.convert_to_numpy(augmentation.get(augment, residual())(ops.convert_to_tensor(IMAGES)))
+    assert changed.shape == IMAGES.shape
+    if augment == "flip":
+        flipped = [np.array_equal(one, other[:, ::-1]) for one, other in zip(changed, IMAGES)]
+        kept = [np.array_equal(one, other) for one, other in zip(changed, IMAGES)]
+        assert 30 < sum(flipped) < 66
+        assert sum(flipped) + sum(kept) == 96
+    else:
+        assert not np.array_equal(changed, IMAGES)
+
+
+def test_a_model_with_a_fixed_batch_size():
+    inputs = keras.Input(batch_shape=(8, 12))
+    x = L.Dense(16, "relu")(inputs)
+    model = keras.Model(inputs, L.Dense(3)(ops.reshape(x, (8, 16))))
+    report = recover(kr.prune(model, 0.5), model, X, epochs=20, batch_size=64).recovery_report
+    assert report.after < report.before
+    assert (report.samples, report.held_out) == (144, 16)
+    assert report.steps == 20 * 144 // 8
+
+
+def test_a_fixed_batch_size_may_need_more_samples():
+    model = keras.Sequential([keras.Input(batch_shape=(90, 12)), L.Dense(3)])
+    with pytest.raises(ValueError, match="at least 180 samples.*Received: 160"):
+        recover(kr.prune(model, 0.5), model)

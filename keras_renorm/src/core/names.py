@@ -45,6 +45,10 @@ ALLOCATIONS = {
     "balanced": f"{_RULES}.allocation:balanced",
     "lamp": f"{_RULES}.allocation:lamp",
 }
+AUGMENTATIONS = {
+    "flip": "keras_renorm.src.pruning.recovery.augmentation:flip",
+    "shift": "keras_renorm.src.pruning.recovery.augmentation:shift",
+}
 GROUPS = ("layer", "unit")
 TARGETS = ("litert", "litert-int8")
 QUANTIZE = ("float16", "int8")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ from keras_renorm.src.pruning.calibrated import prune_with_samples
 from keras_renorm.src.pruning.conversion import strip
 from keras_renorm.src.pruning.data_free import prune_without_samples
 from keras_renorm.src.pruning.plan import Plan, check_sparsity, make_plan, resolve_request
+from keras_renorm.src.pruning.recovery import recover as recovery
 from keras_renorm.src.pruning.selection import outermost_layers
 from keras_renorm.src.pruning.units import notes_on_units
 from keras_renorm.src.rules import allocation as allocations
@@ -36,6 +38,7 @@ def prune(
     calibration: Any = None,
     layers: Any = None,
     target: str | None = None,
+    recover: bool | Mapping[str, Any] = False,
     batch_size: int = 128,
     verbose: int | str = "auto",
 ) -> keras.Model:
@@ -80,6 +83,9 @@ def prune(
             Dense, single weights in 1x1 convolutions of networks that XNNPACK computes sparsely, whole units in other
             convolutions), or `"litert-int8"` (1x16 blocks in Dense, whole units). See `keras_renorm.export.explain`. Defaults
             to `None`.
+        recover: whether the dense model then teaches the pruned one on the samples, which takes minutes:
+            `keras_renorm.recover`, whose report the new model has as attribute `recovery_report`. A dict holds arguments of
+            that function, such as `dict(augment="flip", seconds=600)`. Defaults to `False`.
         batch_size: batch size for `calibration`, if it is an array. Defaults to 128.
         verbose: `"auto"`, 0, 1, or 2: the progress bar over the layers with samples. Defaults to `"auto"`: shown where Keras
             logs interactively.
@@ -109,6 +115,7 @@ def prune(
     verbose = validation.check_verbose(verbose)
     rules = resolve_rules(criterion, group, renormalize, calibrated=calibration is not None)
     check_sparsity(rules, sparsity, pattern, layers, target)
+    options = _recovery_options(recover, model, calibration)
     allocation = allocations.get(allocation)
     if prunable_layers(model):
         model = strip(model)
@@ -120,8 +127,28 @@ def prune(
             rows, notes, errors = prune_without_samples(pruned, plan)
         else:
             rows, notes, errors = prune_with_samples(model, pruned, copies, plan, samples, verbose)
-    pruned.pruning_report = _report(pruned, plan, rows, notes, errors)
-    return pruned
+        pruned.pruning_report = _report(pruned, plan, rows, notes, errors)
+        return pruned if options is None else recovery.recover(pruned, model, samples, **options, verbose=verbose)
+
+
+def _recovery_options(recover: Any, model: keras.Model, calibration: Any) -> dict[str, Any] | None:
+    """The arguments of `keras_renorm.recover`; `None` if nothing is to be recovered."""
+    if recover is False or recover is None:
+        return None
+    if recover is not True and not isinstance(recover, Mapping):
+        raise TypeError(
+            "Argument `recover` must be a bool or a dict of arguments of `keras_renorm.recover`. Received: "
+            f"recover={recover!r} (of type {type(recover)})."
+        )
+    if calibration is None:
+        raise ValueError("Argument `recover` needs samples: pass `calibration`. Received: calibration=None.")
+    options = {} if recover is True else dict(recover)
+    known = [name for name in inspect.signature(recovery.check_options).parameters if name != "model"]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"Argument `recover` can hold {known}. Received: {unknown} in recover={recover!r}.")
+    recovery.check_options(model, **options)
+    return options
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from keras_renorm.src.layers.prunable import prunable_layers
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.models.model_copies import copy_model
 from keras_renorm.src.pruning.conversion import strip
+from keras_renorm.src.pruning.recovery import augmentation
 from keras_renorm.src.pruning.recovery.course import Course, Training, take_course
 from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, float_values, is_choice, relative_error, with_places
 from keras_renorm.src.pruning.recovery.report import Place, RecoveryReport
@@ -38,7 +39,7 @@ def recover(
     batch_size: int = 64,
     learning_rate: float = 3e-3,
     from_logits: bool | None = None,
-    augment: Callable[[Any], Any] | None = None,
+    augment: Any = None,
     seconds: float | None = None,
     directory: str | os.PathLike | None = None,
     seed: int = 0,
@@ -61,13 +62,14 @@ def recover(
         model: the dense model.
         samples: unlabelled samples, as `calibration` in `keras_renorm.prune`; at least 32. The more, the better.
         epochs: number of passes over the samples. Defaults to `None`: as many as make about 1000 steps.
-        batch_size: number of samples in a training step. Defaults to 64.
+        batch_size: number of samples in a training step. Not used if the inputs of the model have a batch size. Defaults to 64.
         learning_rate: the first learning rate of Adam. It decays to zero along a cosine. Defaults to 0.003.
         from_logits: whether the outputs are logits of classes, whose probabilities are compared. Probabilities are recognized
             by their values; all other outputs are compared as numbers. Defaults to `None`: as the loss says that `model` is
             compiled with; `False` if it is not compiled.
-        augment: a layer or a function that maps a batch of inputs to other inputs of the same kind, such as
-            `keras.layers.RandomFlip("horizontal")`. Both models get its result. Defaults to `None`.
+        augment: what maps a batch of inputs to other inputs of the same kind, for both models: for images `"flip"` (left and
+            right) and `"shift"` (by at most a tenth); a Keras layer, which is called with `training=True`; a function; or a
+            list of these. Defaults to `None`.
         seconds: time limit. Defaults to `None`: no limit.
         directory: folder for the state, which is written about 20 times. If the folder holds the state of the same recovery,
             it is continued: after an interrupt, or with more `seconds`. Defaults to `None`: no state is kept.
@@ -77,11 +79,11 @@ def recover(
 
     Returns:
         A new model with the layers of `pruned`. It is compiled if `pruned` is, with a fresh optimizer. Its attribute
-        `recovery_report` tells how much nearer to the dense model it is.
+        `recovery_report` tells how much nearer to the dense model it is; it keeps the `pruning_report` of `pruned`.
 
     Raises:
-        ValueError: if the models are not built or do not fit together, `pruned` has no trainable weights, or the samples are
-            too few, of the wrong shape or not finite.
+        ValueError: if the models are not built or do not fit together, `pruned` has no trainable weights, the samples are too
+            few, of the wrong shape or not finite, or the directory holds the state of another recovery.
 
     Example:
 
@@ -93,33 +95,32 @@ def recover(
     >>> better.recovery_report.after < better.recovery_report.before
     True
     """
-    _check(pruned, model, epochs, batch_size, learning_rate, seconds)
+    for value, argument in ((pruned, "pruned"), (model, "model")):
+        validation.check_model(value, argument)
+    check_options(model, epochs, batch_size, learning_rate, augment=augment, seconds=seconds)
+    _check_pair(pruned, model)
     verbose = validation.check_verbose(verbose)
+    pruning_report = getattr(pruned, "pruning_report", None)
     pruned = strip(pruned) if prunable_layers(pruned) else pruned
     with Samples(samples, model, batch_size, argument="samples") as batches:
         x = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
-    learn, held_out = _split(x, seed)
+    fixed = _fixed_batch_size(model)
+    learn, held_out = _split(x, seed, fixed or 1)
     first = keras.tree.map_structure(lambda leaf: leaf[:1], x)
     student, _ = copy_model(pruned, inputs=first)
     teacher, _ = copy_model(model, inputs=first)
     from_logits = _has_logits(model) if from_logits is None else from_logits
-    lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augment)
+    lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augmentation.get(augment, model))
     count = _count(learn)
-    batch_size = min(batch_size, count)
+    batch_size = fixed or min(batch_size, count)
     steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
     training = Training(steps, batch_size, learning_rate, seconds, seed, verbose)
-    settings = [
-        steps,
-        batch_size,
-        learning_rate,
-        seed,
-        from_logits,
-        names,
-        getattr(augment, "__qualname__", repr(type(augment))),
-    ]
+    settings = [steps, batch_size, learning_rate, seed, from_logits, names, _name_of(augment)]
     with _folder(directory, [*settings, _digest(student, teacher, x)]) as folder, zeros_held(student):
         course = take_course(lesson, learn, held_out, training, folder)
     student.recovery_report = _report(lesson, names, course, count, _count(held_out))
+    if pruning_report is not None:
+        student.pruning_report = pruning_report
     return student
 
 
@@ -137,9 +138,35 @@ def _count(samples: Any) -> int:
     return len(keras.tree.flatten(samples)[0])
 
 
-def _check(pruned, model, epochs, batch_size, learning_rate, seconds):
-    for value, argument in ((pruned, "pruned"), (model, "model")):
-        validation.check_model(value, argument)
+def _name_of(augment: Any) -> Any:
+    """What tells augmentations apart, the same in every process."""
+    if isinstance(augment, (list, tuple)):
+        return [_name_of(one) for one in augment]
+    return augment if isinstance(augment, str) else getattr(augment, "__qualname__", type(augment).__qualname__)
+
+
+def check_options(
+    model: keras.Model,
+    epochs: int | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    from_logits: bool | None = None,
+    augment: Any = None,
+    seconds: float | None = None,
+    directory: Any = None,
+    seed: int = 0,
+) -> None:
+    """Raise if an argument of `recover` is not valid, before anything is done."""
+    validation.check_count(batch_size, "batch_size")
+    if epochs is not None:
+        validation.check_count(epochs, "epochs")
+    for value, argument in ((learning_rate, "learning_rate"), (seconds, "seconds")):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+            raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
+    augmentation.get(augment, model)
+
+
+def _check_pair(pruned: keras.Model, model: keras.Model) -> None:
     if pruned is model:
         raise ValueError("Arguments `pruned` and `model` must be two models. Received: the same model twice.")
     # Subclassed models do not tell the shapes of their outputs.
@@ -152,23 +179,24 @@ def _check(pruned, model, epochs, batch_size, learning_rate, seconds):
         raise ValueError(
             f"Model '{pruned.name}' has no trainable weights, so it cannot learn. Set `trainable = True` on its layers first."
         )
-    validation.check_count(batch_size, "batch_size")
-    if epochs is not None:
-        validation.check_count(epochs, "epochs")
-    for value, argument in ((learning_rate, "learning_rate"), (seconds, "seconds")):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
-            raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
 
 
-def _split(x: Any, seed: int) -> tuple[Any, Any]:
-    """The samples to learn from, and the samples that are held out: a tenth, at most a thousand."""
+def _fixed_batch_size(model: keras.Model) -> int | None:
+    """The batch size with which a model was built, if it takes no other."""
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    return next((tensor.shape[0] for tensor in inputs if tensor.shape and tensor.shape[0]), None)
+
+
+def _split(x: Any, seed: int, multiple: int) -> tuple[Any, Any]:
+    """The samples to learn from, and the samples that are held out: a tenth, at most a thousand, in whole batches."""
     count = _count(x)
-    if count < _FEWEST_SAMPLES:
+    fewest = max(_FEWEST_SAMPLES, 2 * multiple)
+    if count < fewest:
         raise ValueError(
-            f"Argument `samples` must hold at least {_FEWEST_SAMPLES} samples, so that some can be held out. Received: {count}."
+            f"Argument `samples` must hold at least {fewest} samples, so that some can be held out. Received: {count}."
         )
     order = np.random.default_rng(seed).permutation(count)
-    held_out = min(max(count // 10, _FEWEST_SAMPLES // 4), _MOST_HELD_OUT)
+    held_out = min(max(count // 10, _FEWEST_SAMPLES // 4), _MOST_HELD_OUT) // multiple * multiple or multiple
     return tuple(
         keras.tree.map_structure(lambda leaf, part=part: leaf[part], x) for part in (order[held_out:], order[:held_out])
     )
@@ -182,7 +210,7 @@ def _lesson(
     shapes = [[tuple(one.shape) for one in keras.tree.flatten(model.outputs)] for model, names in pair if names]
     names = pair[0][1] if len(shapes) == 2 and shapes[0] == shapes[1] else []
     models = [model for model, _ in pair] if names else [student, teacher]
-    few = keras.tree.map_structure(lambda leaf: leaf[:_FEWEST_SAMPLES], x)
+    few = keras.tree.map_structure(lambda leaf: leaf[: _fixed_batch_size(teacher) or _FEWEST_SAMPLES], x)
     outputs = float_values(teacher(few, training=False))
     if not outputs:
         raise ValueError(f"Model '{teacher.name}' has no outputs of floats, so nothing can be compared.")
