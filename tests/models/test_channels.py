@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 import keras_renorm as kr
-from keras_renorm.src.models.channels.walks import walk_back
+from keras_renorm.src.models.channels.walks import find_ties, walk_back
 from tests.pruning.test_compaction import KERNELS, LAWS, deafen, randomize, sequential
 
 L = keras.layers
@@ -237,3 +237,34 @@ def test_a_separable_convolution_that_mixes_channels_has_no_constants():
         ops.convert_to_numpy(smaller(samples)), ops.convert_to_numpy(model(samples)), rtol=1e-4, atol=1e-5
     )
     assert smaller.get_layer("middle").filters == 3
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = L.Dense(4, name="first"), L.Dense(2, name="last")
+
+    def call(self, inputs):
+        return self.last(self.first(inputs))
+
+
+def test_a_subclassed_model_shows_nothing():
+    model = Subclassed()
+    model(np.zeros((1, 3), "float32"))
+    assert units_read(model) == {}
+    ties = find_ties(model)
+    assert (ties.groups, ties.of_outputs, ties.normalizations) == ({}, set(), {})
+
+
+def test_normalizations_belong_to_the_kernels_in_front_of_them():
+    inputs = keras.Input((6, 6, 2))
+    x = L.Conv2D(4, 1, name="a")(inputs)
+    one, other = L.BatchNormalization(name="one")(x), L.BatchNormalization(name="other")(x)
+    y = L.BatchNormalization(name="third")(L.Conv2D(4, 1, name="b")(L.Add()([one, other])))
+    model = keras.Model(inputs, L.BatchNormalization(name="outside")(L.ReLU()(L.Conv2D(4, 1, name="c")(y))))
+    ties = find_ties(model)
+    found = {name: [layer.name for layer in ties.normalizations[id(model.get_layer(name).kernel)]] for name in ("a", "b", "c")}
+    assert found == {"a": ["one", "other"], "b": ["third"], "c": []}
+    groups = {name: ties.groups[id(model.get_layer(name).kernel)] for name in ("a", "b", "c")}
+    assert len(set(groups.values())) == 3
+    assert ties.of_outputs == {groups["c"]}
