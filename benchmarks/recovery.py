@@ -2,17 +2,19 @@
 
 Prunes the convolutions of a trained classifier in one shot with unlabelled samples, lets the dense model teach the pruned one
 on the same samples, and prints accuracies: on the last 5000 training images, or on the test split with --test. (A network that
-was trained on these images knows them; differences count.) Also prints the time of a pass over the samples as a ratio to an
-epoch of `fit` over the same samples with labels. Writes JSON.
+was trained on these images knows them; differences count.) With --labels, the pruned model is also trained as usual, with the
+labels of the same samples, for as many steps. Also prints the time of a pass over the samples as a ratio to an epoch of `fit`
+over the same samples with labels. Writes JSON after each row.
 
-    python benchmarks/recovery.py --dataset cifar10 --data-dir DIR --model resnet20.keras --input-scale 255
-    python benchmarks/recovery.py ... --samples 10000 --sparsity 0.9 0.95 --pattern unstructured block unit
+    python benchmarks/recovery.py --dataset cifar10 --data-dir DIR --model resnet20.keras --input-scale 255 --augment flip shift
+    python benchmarks/recovery.py ... --samples 10000 --sparsity 0.9 0.95 --pattern unstructured block unit --seeds 3 --labels
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import sys
@@ -30,6 +32,26 @@ import keras_renorm as kr
 
 HELD_OUT = 5000
 PATTERNS = {"unstructured": "unstructured", "block": kr.patterns.Block((4, 1)), "unit": "unit"}
+LAYERS = {
+    "flip": lambda: keras.layers.RandomFlip("horizontal"),
+    "shift": lambda: keras.layers.RandomTranslation(0.1, 0.1, fill_mode="nearest"),
+}
+
+
+def trained(model, x, labels, steps, seed, arguments):
+    """The pruned model after training with labels: masks remain, normalization follows the batches."""
+    keras.utils.set_random_seed(seed)
+    model = kr.to_prunable(model, from_zeros=True)
+    inputs = varied = keras.Input(x.shape[1:])
+    for name in arguments.augment:
+        varied = LAYERS[name]()(varied)
+    whole = keras.Model(inputs, model(varied))
+    rate = keras.optimizers.schedules.CosineDecay(arguments.learning_rate, steps)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    whole.compile(keras.optimizers.Adam(rate), loss, jit_compile=False)
+    epochs = math.ceil(steps * arguments.batch_size / len(x))
+    whole.fit(x, labels, batch_size=arguments.batch_size, epochs=epochs, verbose=0)
+    return kr.strip(model)
 
 
 def seconds_of_an_epoch(model, x, batch_size):
@@ -44,6 +66,43 @@ def seconds_of_an_epoch(model, x, batch_size):
     return min(times[1:])
 
 
+def compare(model, data, measured, pattern, sparsity, seed, arguments):
+    """One row: accuracies of the pruned model, after recovery, and after training with labels."""
+    images, labels = data
+    how = dict(layers=keras.layers.Conv2D, pattern=PATTERNS[pattern], calibration=images, verbose=0)
+    pruned = kr.prune(model, sparsity, **how)
+    better = kr.recover(
+        pruned,
+        model,
+        images,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        from_logits=True,
+        augment=arguments.augment or None,
+        seed=seed,
+        verbose=0,
+    )
+    report = better.recovery_report
+    row = dict(
+        pattern=pattern,
+        sparsity=sparsity,
+        samples=len(images),
+        seed=seed,
+        pruned=accuracy(pruned, *measured),
+        recovered=accuracy(better, *measured),
+    )
+    if arguments.labels:
+        row["with labels"] = accuracy(trained(pruned, images, labels, report.steps, seed, arguments), *measured)
+    return row | dict(
+        agreement=report.agreement_after,
+        steps=report.steps,
+        best_step=report.best_step,
+        seconds=report.seconds,
+        pass_seconds=report.seconds * report.samples / (report.steps * arguments.batch_size),
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="cifar10", choices=("mnist", "fashion_mnist", "cifar10"))
@@ -56,54 +115,30 @@ def main():
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--augment", action="store_true", help="flips and shifts")
+    parser.add_argument("--augment", nargs="*", choices=LAYERS, default=[])
+    parser.add_argument("--labels", action="store_true", help="also train with labels")
     parser.add_argument("--test", action="store_true", help="measure on the test split")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="each with other samples")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("recovery.json"))
     arguments = parser.parse_args()
-    train, test = datasets.load(arguments.dataset, arguments.data_dir)
-    images = train[0][: arguments.samples] * arguments.input_scale
-    measured, labels = test if arguments.test else (train[0][-HELD_OUT:], train[1][-HELD_OUT:])
-    measured = measured * arguments.input_scale
+    (images, labels), test = datasets.load(arguments.dataset, arguments.data_dir)
+    measured = test if arguments.test else (images[-HELD_OUT:], labels[-HELD_OUT:])
+    measured = measured[0] * arguments.input_scale, measured[1]
     model = keras.models.load_model(arguments.model, compile=False)
-    augment = [keras.layers.RandomFlip("horizontal"), keras.layers.RandomTranslation(0.1, 0.1, fill_mode="constant")]
-    augment = keras.Sequential(augment) if arguments.augment else None
-    epoch = seconds_of_an_epoch(model, images, arguments.batch_size)
-    print(f"dense {accuracy(model, measured, labels):.4f}")
+    dense = accuracy(model, *measured)
+    print(f"dense {dense:.4f}", flush=True)
     rows = []
     for pattern in arguments.pattern:
         for sparsity in arguments.sparsity:
-            how = dict(layers=keras.layers.Conv2D, pattern=PATTERNS[pattern], calibration=images, verbose=0)
-            pruned = kr.prune(model, sparsity, **how)
-            better = kr.recover(
-                pruned,
-                model,
-                images,
-                epochs=arguments.epochs,
-                batch_size=arguments.batch_size,
-                learning_rate=arguments.learning_rate,
-                from_logits=True,
-                augment=None if augment is None else lambda x: augment(x, training=True),
-                seed=arguments.seed,
-                verbose=0,
-            )
-            report = better.recovery_report
-            passes = report.steps * arguments.batch_size / report.samples
-            row = dict(
-                pattern=pattern,
-                sparsity=sparsity,
-                samples=arguments.samples,
-                pruned=accuracy(pruned, measured, labels),
-                recovered=accuracy(better, measured, labels),
-                agreement=report.agreement_after,
-                seconds=report.seconds,
-                pass_to_epoch=report.seconds / passes / epoch,
-            )
-            rows.append(row)
-            print(
-                ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-            )
-    arguments.out.write_text(json.dumps(dict(vars(arguments), rows=rows), indent=1, default=str))
+            for seed in range(arguments.seeds):
+                chosen = np.random.default_rng(seed).permutation(len(images) - HELD_OUT)[: arguments.samples]
+                data = images[chosen] * arguments.input_scale, labels[chosen]
+                row = compare(model, data, measured, pattern, sparsity, seed, arguments)
+                row["pass_to_epoch"] = row["pass_seconds"] / seconds_of_an_epoch(model, data[0], arguments.batch_size)
+                rows.append(row)
+                cells = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
+                print(", ".join(cells), flush=True)
+                arguments.out.write_text(json.dumps(dict(vars(arguments), dense=dense, rows=rows), indent=1, default=str))
 
 
 if __name__ == "__main__":

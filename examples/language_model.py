@@ -105,6 +105,13 @@ def once(dense, train, arguments, samples):
     return kr.prune(dense, arguments.sparsity, criterion="magnitude", allocation=arguments.allocation)
 
 
+def once_and_recovered(dense, train, arguments):
+    """The dense model teaches the sparse one: the text that comes next is not shown."""
+    text, _ = windows(train, arguments.steps * arguments.batch, seed=3)
+    how = dict(epochs=1, batch_size=arguments.batch, learning_rate=arguments.retraining_rate, verbose=0)
+    return kr.recover(once(dense, train, arguments, samples=1024), dense, text, **how)
+
+
 def once_and_trained(dense, train, arguments, samples):
     model = kr.to_prunable(once(dense, train, arguments, samples), from_zeros=True)
     compile_with(model, adam(arguments, arguments.retraining_rate))
@@ -145,6 +152,7 @@ WAYS = {
     "one shot, 1024 samples": functools.partial(once, samples=1024),
     "one shot, by magnitude, trained": functools.partial(once_and_trained, samples=0),
     "one shot, 1024 samples, trained": functools.partial(once_and_trained, samples=1024),
+    "one shot, 1024 samples, recovered": once_and_recovered,
     "in steps, by magnitude": functools.partial(in_steps, irrelevant=False),
     BEST: functools.partial(in_steps, irrelevant=True),
 }

@@ -36,6 +36,7 @@ WAYS = {
     "moments": dict(MAGNITUDE, renormalize="moments", calibrated=True),
     "lstsq": dict(MAGNITUDE, renormalize="lstsq", calibrated=True),
     "lstsq, admm (default)": dict(calibrated=True),
+    "the same, then recover": dict(calibrated=True, recover=True),
 }
 
 SETTINGS = {

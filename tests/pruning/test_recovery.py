@@ -471,3 +471,19 @@ def test_a_fixed_batch_size_may_need_more_samples():
     model = keras.Sequential([keras.Input(batch_shape=(90, 12)), L.Dense(3)])
     with pytest.raises(ValueError, match="at least 180 samples.*Received: 160"):
         recover(kr.prune(model, 0.5), model)
+
+
+def test_answers_are_computed_once_if_memory_holds_them(monkeypatch):
+    model = dense()
+    pruned, computed = kr.prune(model, 0.7, calibration=X, verbose=0), []
+    answers = Lesson.answers
+    monkeypatch.setattr(Lesson, "answers", lambda self, x, size: computed.append(len(x)) or answers(self, x, size))
+    once = recover(pruned, model)
+    assert computed == [144, 16]
+    monkeypatch.setattr(module, "_MOST_ANSWERS", 0)
+    each_time = recover(pruned, model)
+    assert computed == [144, 16]
+    for one, other in zip(values(once), values(each_time), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    monkeypatch.undo()
+    assert recover(pruned, model, augment=lambda x: -x).recovery_report.after != once.recovery_report.after

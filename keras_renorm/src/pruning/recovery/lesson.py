@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_renorm.src.core.keras_internals import inputs_structure, nodes_of
@@ -17,6 +18,8 @@ Loss = Callable[[Any, Any], Any]
 
 class Lesson(keras.Model):
     """A student and its teacher. `fit` trains the student, without labels.
+
+    `fit` and `evaluate` take a dict: `inputs`, and `wanted` if it is known what the teacher computes for them (`answers`).
 
     Args:
         student: the model to train; or a model that returns its intermediate values and then its outputs.
@@ -49,11 +52,16 @@ class Lesson(keras.Model):
         """Whether `agreement` says something."""
         return any(self._choices)
 
-    def call(self, inputs, training=None):
+    def answers(self, inputs: Any, batch_size: int) -> list[np.ndarray]:
+        """What the teacher computes for all samples."""
+        return [ops.convert_to_numpy(one) for one in float_values(self.teacher.predict(inputs, batch_size, verbose=0))]
+
+    def call(self, samples, training=None):
+        inputs = samples["inputs"]
         if training and self._augment is not None:
             inputs = self._augment(inputs)
         given = self.student(inputs, training=bool(training) and self._follow)
-        wanted = self.teacher(inputs, training=False)
+        wanted = samples["wanted"] if "wanted" in samples else self.teacher(inputs, training=False)
         return float_values(wanted), float_values(given)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

@@ -29,6 +29,8 @@ STEPS = 1000
 _FEWEST_SAMPLES = 32
 _MOST_HELD_OUT = 1000
 _TEMPERATURE = 2.0
+# Numbers that are kept: half a gigabyte.
+_MOST_ANSWERS = 2**27
 
 
 def recover(
@@ -117,7 +119,13 @@ def recover(
     training = Training(steps, batch_size, learning_rate, seconds, seed, verbose)
     settings = [steps, batch_size, learning_rate, seed, from_logits, names, _name_of(augment)]
     with _folder(directory, [*settings, _digest(student, teacher, x)]) as folder, zeros_held(student):
-        course = take_course(lesson, learn, held_out, training, folder)
+        course = take_course(
+            lesson,
+            _with_answers(lesson, learn, batch_size) if augment is None else {"inputs": learn},
+            _with_answers(lesson, held_out, batch_size),
+            training,
+            folder,
+        )
     student.recovery_report = _report(lesson, names, course, count, _count(held_out))
     if pruning_report is not None:
         student.pruning_report = pruning_report
@@ -126,6 +134,15 @@ def recover(
 
 def _folder(directory: str | os.PathLike | None, run: Any) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if directory is None else RunFolder(directory, run)
+
+
+def _with_answers(lesson: Lesson, x: Any, batch_size: int) -> dict[str, Any]:
+    """The samples, with what the teacher computes for them if memory holds it."""
+    one = keras.tree.map_structure(lambda leaf: leaf[: _fixed_batch_size(lesson.teacher) or 1], x)
+    size = sum(math.prod(answer.shape[1:]) for answer in float_values(lesson.teacher(one, training=False)))
+    if size * _count(x) > _MOST_ANSWERS:
+        return {"inputs": x}
+    return {"inputs": x, "wanted": lesson.answers(x, batch_size)}
 
 
 def _digest(student: keras.Model, teacher: keras.Model, x: Any) -> str:
