@@ -34,6 +34,7 @@ WAYS = {
     "moments": dict(renormalize="moments", criterion="magnitude", calibrated=True),
     "lstsq": dict(renormalize="lstsq", criterion="magnitude", calibrated=True),
     "lstsq, admm (default)": dict(calibrated=True),
+    "the same, then recover": dict(calibrated=True, recover=dict(augment=["flip", "shift"], from_logits=True)),
 }
 
 
