@@ -492,3 +492,19 @@ def test_answers_are_computed_once_if_memory_holds_them(monkeypatch):
     changed = recover(pruned, model, mixed, epochs=20, augment=lambda x: x + 1)
     assert computed == [144, 16, 16]
     assert changed.recovery_report.after != once.recovery_report.after
+
+
+def test_the_report_has_the_errors_of_layers():
+    model = residual()
+    pruned = kr.prune(model, {"first": 0.9, "classes": 0.5}, calibration=IMAGES, verbose=0)
+    report = recover(pruned, model, IMAGES, epochs=6).recovery_report
+    assert [place.name for place in report.layers] == ["first", "classes"]
+    features = [keras.Model(one.input, one.get_layer("first").output) for one in (pruned, model)]
+    # 9 of 96 samples are held out.
+    held_out = IMAGES[np.random.default_rng(0).permutation(96)[:9]]
+    given, wanted = (one.predict(held_out, verbose=0) for one in features)
+    assert report.layers[0].before == pytest.approx(np.sum((given - wanted) ** 2) / np.sum(wanted**2), rel=1e-3)
+    assert report.layers[0].after != report.layers[0].before
+    assert "error of layer" in str(report)
+    small = kr.compact(kr.prune(model, 0.5, pattern="unit", verbose=0))
+    assert recover(small, model, IMAGES, epochs=1).recovery_report.layers == ()

@@ -90,8 +90,7 @@ def with_places(model: keras.Model) -> tuple[keras.Model, list[str]]:
     if functional is None:
         return model, []
     nodes = [node for node in nodes_of(functional) if not node.is_input and is_sum(node.operation)]
-    sums = [node.outputs[0] for node in nodes]
-    outputs = [*sums, *keras.tree.flatten(functional.outputs)]
+    outputs = [*(node.outputs[0] for node in nodes), *keras.tree.flatten(functional.outputs)]
     return keras.Model(inputs_structure(functional), outputs), [node.operation.name for node in nodes]
 
 

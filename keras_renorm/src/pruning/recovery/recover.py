@@ -21,6 +21,7 @@ from keras_renorm.src.models.model_copies import copy_model
 from keras_renorm.src.pruning.conversion import strip
 from keras_renorm.src.pruning.recovery import augmentation
 from keras_renorm.src.pruning.recovery.course import Course, Training, take_course
+from keras_renorm.src.pruning.recovery.layer_errors import layer_errors
 from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, float_values, is_choice, relative_error, with_places
 from keras_renorm.src.pruning.recovery.report import Place, RecoveryReport
 from keras_renorm.src.pruning.recovery.zeros import zeros_held
@@ -118,15 +119,15 @@ def recover(
     steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
     training = Training(steps, batch_size, learning_rate, seconds, seed, verbose)
     settings = [steps, batch_size, learning_rate, seed, from_logits, names, _name_of(augment)]
+    kept = _with_answers(lesson, held_out, batch_size)
+    few = fixed or min(batch_size, _FEWEST_SAMPLES)
+    before = layer_errors(student, teacher, held_out, few)
     with _folder(directory, [*settings, _digest(student, teacher, x)]) as folder, zeros_held(student):
-        course = take_course(
-            lesson,
-            _with_answers(lesson, learn, batch_size) if augment is None else {"inputs": learn},
-            _with_answers(lesson, held_out, batch_size),
-            training,
-            folder,
-        )
-    student.recovery_report = _report(lesson, names, course, count, _count(held_out))
+        taught = _with_answers(lesson, learn, batch_size) if augment is None else {"inputs": learn}
+        course = take_course(lesson, taught, kept, training, folder)
+    after = layer_errors(student, teacher, held_out, few)
+    layers = tuple(Place(name, one, other) for (name, one), (_, other) in zip(before, after))
+    student.recovery_report = _report(lesson, names, layers, course, count, _count(held_out))
     if pruning_report is not None:
         student.pruning_report = pruning_report
     return student
@@ -258,13 +259,16 @@ def _output_names(model: keras.Model, count: int) -> list[str]:
     return names if len(names) == count else [f"output {index}" for index in range(count)]
 
 
-def _report(lesson: Lesson, names: list[str], course: Course, samples: int, held_out: int) -> RecoveryReport:
+def _report(
+    lesson: Lesson, names: list[str], layers: tuple[Place, ...], course: Course, samples: int, held_out: int
+) -> RecoveryReport:
     keys = [f"distance_{index}" for index in range(len(names))]
     start, best = course.start, course.best
     agreement = [one["agreement"] if lesson.compares_choices else None for one in (start, best)]
     unchanged = "No step came nearer to the dense model on the samples that were held out, so nothing was changed."
     return RecoveryReport(
         tuple(Place(name, start[key], best[key]) for name, key in zip(names, keys)),
+        layers,
         start["loss"],
         best["loss"],
         *agreement,

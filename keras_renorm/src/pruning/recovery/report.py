@@ -9,12 +9,12 @@ from keras_renorm.src.core.tables import format_table
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A place at which the pruned model is compared with the dense model: an output, or a sum inside.
+    """A place at which the pruned model is compared with the dense model on the held-out samples.
 
     Args:
         name: name of the layer or operation.
-        before: the loss there on the held-out samples before recovery.
-        after: the same loss after recovery.
+        before: the distance there before recovery.
+        after: the same distance after recovery.
     """
 
     name: str
@@ -27,7 +27,9 @@ class RecoveryReport:
     """The report of `keras_renorm.recover`. Print it for a table; `places` are the data.
 
     Args:
-        places: a `Place` for each loss. Outputs come last.
+        places: a `Place` for each part of the loss: the sums inside the model where branches meet, and the outputs.
+        layers: a `Place` for each layer with pruned kernels, in the order of the calls: the relative squared error of its
+            outputs. Empty for a subclassed model, and for a model whose layers have fewer units than those of the dense model.
         before: the sum of the losses on the held-out samples before recovery.
         after: the same sum after recovery.
         agreement_before: share of the held-out samples for which the largest output of the two models is the same, before
@@ -42,6 +44,7 @@ class RecoveryReport:
     """
 
     places: tuple[Place, ...]
+    layers: tuple[Place, ...]
     before: float
     after: float
     agreement_before: float | None
@@ -54,10 +57,10 @@ class RecoveryReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        header = ("place", "before", "after")
-        cells = [(place.name, f"{place.before:.4f}", f"{place.after:.4f}") for place in self.places]
-        cells.append(("sum of the losses", f"{self.before:.4f}", f"{self.after:.4f}"))
-        lines = [format_table(header, cells, right=(1, 2), total=True)]
+        total = ("sum of the losses", f"{self.before:.4f}", f"{self.after:.4f}")
+        lines = [format_table(("loss", "before", "after"), [*_cells(self.places), total], right=(1, 2), total=True)]
+        if self.layers:
+            lines.insert(0, format_table(("error of layer", "before", "after"), _cells(self.layers), right=(1, 2)) + "\n")
         if self.agreement_before is not None:
             lines.append(
                 f"Agreement with the dense model: {self.agreement_before:.4f} before, {self.agreement_after:.4f} after."
@@ -69,3 +72,7 @@ class RecoveryReport:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     __repr__ = __str__
+
+
+def _cells(places: tuple[Place, ...]) -> list[tuple[str, str, str]]:
+    return [(place.name, f"{place.before:.4f}", f"{place.after:.4f}") for place in places]

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm.src.core.arrays import as_array
+from keras_renorm.src.layers.kernels import Kernel
 from keras_renorm.src.models.channels.walks import find_ties
 from keras_renorm.src.pruning.selection import kernels_by_layer, outermost_layers
 from keras_renorm.src.pruning.units import biases_of
@@ -46,20 +47,26 @@ def zeros_held(model: keras.Model) -> Iterator[None]:
             variable.constraint = constraint
 
 
-def _masks(model: keras.Model) -> Iterator[tuple[keras.Variable, np.ndarray]]:
-    """The variables with zeros to keep, each with a mask of the values that may change."""
-    ties, found = find_ties(model), kernels_by_layer(model)
+def kernels_with_zeros(model: keras.Model) -> Iterator[tuple[keras.Layer, Kernel]]:
+    """The pruned kernels of a model, each with its layer."""
+    found = kernels_by_layer(model)
     for layer in outermost_layers(model):
         kernels = found[id(layer)]
         for kernel in () if isinstance(kernels, ValueError) else kernels:
-            mask = as_array(kernel.variable) != 0
-            if mask.all():
-                continue
-            yield kernel.variable, mask
-            alive = mask.any(axis=kernel.input_axes).reshape(-1)
-            behind = ties.normalizations.get(id(kernel.variable), [])
-            of_units = [*biases_of(layer, kernel), *(one for part in behind for one in (part.gamma, part.beta))]
-            for variable in of_units:
-                if variable is not None and not alive.all():
-                    # A unit without weights may have a bias.
-                    yield variable, alive | (as_array(variable) != 0)
+            if not as_array(kernel.variable).all():
+                yield layer, kernel
+
+
+def _masks(model: keras.Model) -> Iterator[tuple[keras.Variable, np.ndarray]]:
+    """The variables with zeros to keep, each with a mask of the values that may change."""
+    ties = find_ties(model)
+    for layer, kernel in kernels_with_zeros(model):
+        mask = as_array(kernel.variable) != 0
+        yield kernel.variable, mask
+        alive = mask.any(axis=kernel.input_axes).reshape(-1)
+        behind = ties.normalizations.get(id(kernel.variable), [])
+        of_units = [*biases_of(layer, kernel), *(one for part in behind for one in (part.gamma, part.beta))]
+        for variable in of_units:
+            if variable is not None and not alive.all():
+                # A unit without weights may have a bias.
+                yield variable, alive | (as_array(variable) != 0)
