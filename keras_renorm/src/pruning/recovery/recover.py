@@ -122,7 +122,7 @@ def recover(
     kept = _with_answers(lesson, held_out, batch_size)
     few = fixed or min(batch_size, _FEWEST_SAMPLES)
     before = layer_errors(student, teacher, held_out, few)
-    with _folder(directory, [*settings, _digest(student, teacher, x)]) as folder, zeros_held(student):
+    with _folder(directory, settings, student, teacher, x) as folder, zeros_held(student):
         taught = _with_answers(lesson, learn, batch_size) if augment is None else {"inputs": learn}
         course = take_course(lesson, taught, kept, training, folder)
     after = layer_errors(student, teacher, held_out, few)
@@ -133,8 +133,12 @@ def recover(
     return student
 
 
-def _folder(directory: str | os.PathLike | None, run: Any) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if directory is None else RunFolder(directory, run)
+def _folder(directory: str | os.PathLike | None, settings: list, student: keras.Model, teacher: keras.Model, x: Any) -> Any:
+    """The folder of this recovery, which knows it by its settings and a digest of the models and the samples."""
+    if directory is None:
+        return contextlib.nullcontext()
+    arrays = [copied(variable) for variable in (*student.weights, *teacher.weights)] + keras.tree.flatten(x)
+    return RunFolder(directory, [*settings, digest(np.ascontiguousarray(one).tobytes() for one in arrays)])
 
 
 def _with_answers(lesson: Lesson, x: Any, batch_size: int) -> dict[str, Any]:
@@ -144,12 +148,6 @@ def _with_answers(lesson: Lesson, x: Any, batch_size: int) -> dict[str, Any]:
     if size * _count(x) > _MOST_ANSWERS:
         return {"inputs": x}
     return {"inputs": x, "wanted": lesson.answers(x, batch_size)}
-
-
-def _digest(student: keras.Model, teacher: keras.Model, x: Any) -> str:
-    """A digest of the models and the samples, by which a recovery that is continued is known."""
-    variables = [copied(variable) for variable in (*student.weights, *teacher.weights)]
-    return digest(np.ascontiguousarray(one).tobytes() for one in (*variables, *keras.tree.flatten(x)))
 
 
 def _count(samples: Any) -> int:
