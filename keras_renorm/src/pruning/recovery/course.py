@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import time
@@ -55,9 +56,10 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
     """
     began = time.monotonic()
     lesson.optimizer.build(lesson.trainable_variables)
-    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen.
+    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen. Not by `fit`, which takes
+    # longer to begin than a small model takes for these steps.
     at_once = max(_FEWEST_STEPS, training.steps // _MEASUREMENTS)
-    order = _order(len(keras.tree.flatten(x)[0]), training.steps * training.batch_size, training.seed)
+    order = _order(_count(x), training.steps * training.batch_size, training.seed)
     course, best = _first(lesson, held_out, training, folder)
     earlier = course.seconds
     bar = keras.utils.Progbar(
@@ -75,9 +77,8 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
                 break
             lesson.optimizer.learning_rate = training.learning_rate * (1 + math.cos(math.pi * progress)) / 2
             keras.utils.set_random_seed(training.seed + course.steps)
-            part = order[course.steps * training.batch_size : (course.steps + at_once) * training.batch_size]
-            chosen = keras.tree.map_structure(lambda leaf, part=part: leaf[part], x)
-            lesson.fit(chosen, batch_size=training.batch_size, shuffle=False, verbose=0)
+            for step in range(course.steps, min(course.steps + at_once, training.steps)):
+                lesson.train_on_batch(_part(x, order[step * training.batch_size : (step + 1) * training.batch_size]))
             now = _measure(lesson, held_out, training)
             course.steps = min(course.steps + at_once, training.steps)
             if not math.isfinite(now["loss"]):
@@ -118,8 +119,21 @@ def _changing(lesson: Lesson) -> list[keras.Variable]:
 
 
 def _measure(lesson: Lesson, held_out: Any, training: Training) -> dict[str, float]:
-    logs = lesson.evaluate(held_out, batch_size=training.batch_size, verbose=0, return_dict=True)
-    return {name: float(value) for name, value in logs.items()}
+    """The means of the losses and of the agreement over all samples."""
+    count, means = _count(held_out), collections.Counter()
+    for start in range(0, count, training.batch_size):
+        batch = _part(held_out, slice(start, start + training.batch_size))
+        for name, value in lesson.test_on_batch(batch, return_dict=True).items():
+            means[name] += float(value) * _count(batch) / count
+    return dict(means)
+
+
+def _part(samples: Any, chosen: np.ndarray | slice) -> Any:
+    return keras.tree.map_structure(lambda leaf: leaf[chosen], samples)
+
+
+def _count(samples: Any) -> int:
+    return len(keras.tree.flatten(samples)[0])
 
 
 def _order(count: int, length: int, seed: int) -> np.ndarray:
