@@ -1,3 +1,4 @@
+import functools
 import importlib.metadata
 import os
 import warnings
@@ -27,6 +28,26 @@ def pytest_collection_modifyitems(items):
 def fixed_seeds():
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
+
+
+@pytest.fixture(autouse=True)
+def optimizers_are_built(request, monkeypatch):
+    """On TensorFlow Keras traces a training step twice if the optimizer makes its variables in the first one.
+
+    Tests marked `fresh_optimizer` leave that to Keras; so do all programs in processes of their own.
+    """
+    if keras.backend.backend() != "tensorflow" or request.node.get_closest_marker("fresh_optimizer"):
+        return
+    fit = keras.Model.fit
+
+    @functools.wraps(fit)
+    def fit_built(self, *args, **kwargs):
+        if self.compiled and self.built and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", fit_built)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from keras_renorm.src.layers.kernels import find_kernels
 from keras_renorm.src.layers.linear import linear_parts
 from tests.calibration.test_samples import WAYS
 from tests.layers.cases import CASES, Scaled, model_around
+from tests.outputs import outputs
 from tests.pruning.test_conversion import EVERY_MODEL, Subclassed
 
 L = keras.layers
@@ -55,7 +56,7 @@ def samples_for(model, count=256):
 
 
 def distance(model, other, samples):
-    pairs = zip(*(keras.tree.flatten(one.predict(samples, verbose=0)) for one in (model, other)), strict=True)
+    pairs = zip(*(keras.tree.flatten(outputs(one, samples)) for one in (model, other)), strict=True)
     return sum(float(np.mean((a - b) ** 2)) for a, b in pairs)
 
 
@@ -152,9 +153,7 @@ def test_normalization_follows_its_input(bias):
     pruned = prune(model, 0.5, samples, renormalize="moments", criterion="magnitude", layers=L.Conv2D, allocation="uniform")
     pairs = zip(model.layers, pruned.layers)
     for old, new in [(old, new) for old, new in pairs if isinstance(old, L.BatchNormalization)]:
-        one, other = (
-            keras.Model(m.inputs, layer.output).predict(samples, verbose=0) for m, layer in ((model, old), (pruned, new))
-        )
+        one, other = (outputs(keras.Model(m.input, layer.output), samples) for m, layer in ((model, old), (pruned, new)))
         np.testing.assert_allclose(one.mean(axis=(0, 1, 2)), other.mean(axis=(0, 1, 2)), atol=0.02)
         np.testing.assert_allclose(one.std(axis=(0, 1, 2)), other.std(axis=(0, 1, 2)), rtol=0.05)
 
@@ -190,8 +189,8 @@ def test_normalization_follows_its_input_along_its_own_axis(name):
     (part, *others) = [part for stage in found for part in stage]
     assert (part.normalization is not None, len(others)) == (joined, not joined)
     pruned = prune(model, 0.5, samples, renormalize="moments", criterion="magnitude")
-    outputs = (one.predict(samples, verbose=0) for one in (model, pruned))
-    before, after = (np.moveaxis(one, axis, 0).reshape(one.shape[axis], -1) for one in outputs)
+    given = (outputs(one, samples) for one in (model, pruned))
+    before, after = (np.moveaxis(one, axis, 0).reshape(one.shape[axis], -1) for one in given)
     np.testing.assert_allclose(after.mean(axis=1), before.mean(axis=1), atol=1e-3)
     np.testing.assert_allclose(after.std(axis=1), before.std(axis=1), rtol=1e-3 if joined else 0.1)
 
@@ -366,8 +365,8 @@ def test_a_model_that_ends_worse_than_plain_is_pruned_plainly(criterion):
     assert errors[0] <= errors[1] * (1 + 1e-6)
     assert {row.renormalize for row in report.rows} == {"none"}
     assert report.error == report.plain_error
-    outputs = model.predict(samples, verbose=0)
-    assert report.error == pytest.approx(errors[0] / outputs.var(), rel=1e-3)
+    given = outputs(model, samples)
+    assert report.error == pytest.approx(errors[0] / given.var(), rel=1e-3)
     assert "The whole model is pruned plainly" in report.notes[-1]
     assert report.notes[-1] in str(report)
     for old, new in zip(model.get_weights(), pruned.get_weights(), strict=True):

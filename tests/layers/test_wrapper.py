@@ -11,6 +11,7 @@ from keras_renorm.src.layers.plain_variables import plain_values
 from keras_renorm.src.layers.prunable import prunable_layers, sparsity_of
 from tests import fresh
 from tests.layers.cases import CASES, Calling, Naming, Scaled, Tied, as_arguments, model_around, model_inputs
+from tests.outputs import outputs
 
 EVERY_LAYER = pytest.mark.parametrize("name", list(CASES))
 
@@ -65,7 +66,7 @@ def test_pruned_weights_neither_count_nor_move(name):
     layer.update_masks(0.5)
     x, y = model_inputs(inputs), np.ones((len(as_arguments(inputs)[0]), 2), "float32")
     before = [to_numpy(kernel.variable).copy() for kernel in layer.masked_kernels]
-    outputs = model.predict_on_batch(x)
+    given = outputs(model, x)
     model.train_on_batch(x, y)
     for kernel, old in zip(layer.masked_kernels, before):
         moved, mask = to_numpy(kernel.variable) != old, to_numpy(kernel.mask)
@@ -75,11 +76,11 @@ def test_pruned_weights_neither_count_nor_move(name):
         kernel.variable.assign(np.where(to_numpy(kernel.mask), old, 1e6))
     head = model.get_layer("head")
     head.set_weights([np.ones_like(weight) for weight in head.get_weights()])
-    wild = model.predict_on_batch(x)
+    wild = outputs(model, x)
     for kernel, old in zip(layer.masked_kernels, before):
         kernel.variable.assign(np.where(to_numpy(kernel.mask), old, np.inf))
-    np.testing.assert_array_equal(wild, model.predict_on_batch(x))
-    assert np.isfinite(outputs).all()
+    np.testing.assert_array_equal(wild, outputs(model, x))
+    assert np.isfinite(given).all()
 
 
 @EVERY_LAYER
@@ -156,8 +157,8 @@ def test_masks_of_sequences_pass_through():
     model = keras.Model(inputs, kr.layers.RenormalizedPruning(keras.layers.LSTM(3))(embedding(inputs)))
     plain = kr.strip(model)
     x = np.array([[1, 2, 0, 0, 0], [3, 4, 5, 6, 0]])
-    np.testing.assert_allclose(model.predict_on_batch(x), plain.predict_on_batch(x), rtol=1e-6)
-    assert not np.allclose(model.predict_on_batch(x)[0], model.predict_on_batch(np.array([[1, 2, 7, 7, 7]] * 2))[0])
+    np.testing.assert_allclose(outputs(model, x), outputs(plain, x), rtol=1e-6)
+    assert not np.allclose(outputs(model, x)[0], outputs(model, np.array([[1, 2, 7, 7, 7]] * 2))[0])
 
 
 def test_state_and_losses_of_the_inner_layer_are_kept():

@@ -12,6 +12,7 @@ from keras_renorm.src.methods.at_initialization.dissipating_gradients import MOV
 from keras_renorm.src.methods.at_initialization.k_starts import FITNESS, RECOMBINE
 from tests import fresh
 from tests.layers.cases import CASES, model_around, model_inputs
+from tests.outputs import outputs
 
 KStarts, DissipatingGradients = kr.methods.KStarts, kr.methods.DissipatingGradients
 X = np.random.default_rng(0).standard_normal((64, 12)).astype("float32")
@@ -125,7 +126,7 @@ def test_every_layer(name):
     layer = kr.layers.RenormalizedPruning(create())
     model = model_around(layer, inputs)
     model.compile("adam", "mse")
-    targets = np.random.default_rng(0).standard_normal(model.predict(model_inputs(inputs), verbose=0).shape)
+    targets = np.random.default_rng(0).standard_normal(outputs(model, model_inputs(inputs)).shape)
     model.fit(model_inputs(inputs), targets, epochs=3, verbose=0, callbacks=[of_two(0.5)])
     assert layer.sparsity == pytest.approx(0.5, abs=0.2)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())

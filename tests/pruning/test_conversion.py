@@ -9,6 +9,7 @@ from keras import ops
 import keras_renorm as kr
 from keras_renorm.src.layers.prunable import prunable_layers
 from tests.layers.cases import CASES, model_around, model_inputs
+from tests.outputs import outputs
 
 L = keras.layers
 
@@ -95,7 +96,7 @@ ROUNDING = 1e-6 if keras.backend.backend() == "torch" else 0
 
 
 def assert_same_outputs(one, other, batch, **tolerance):
-    pairs = zip(*(keras.tree.flatten(model.predict_on_batch(batch)) for model in (one, other)), strict=True)
+    pairs = zip(*(keras.tree.flatten(outputs(model, batch)) for model in (one, other)), strict=True)
     for first, second in pairs:
         np.testing.assert_allclose(first, second, **tolerance)
 
@@ -379,7 +380,7 @@ def test_a_stripped_model_loads_without_keras_renorm(tmp_path):
     plain.save(tmp_path / "plain.keras")
     command = [sys.executable, "-W", "ignore", "-c", LOAD, tmp_path / "plain.keras", tmp_path / "out.npy"]
     subprocess.run(command, check=True, cwd=tmp_path)
-    expected = prunable.predict_on_batch(np.ones((2, 8, 8, 3), "float32"))
+    expected = outputs(prunable, np.ones((2, 8, 8, 3), "float32"))
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -10,6 +10,7 @@ from keras_renorm.src.core.statistics import Gradients
 from keras_renorm.src.kernels.masks import compute_mask
 from keras_renorm.src.layers.kernels import find_kernels
 from tests.layers.cases import CASES, model_around
+from tests.outputs import outputs
 from tests.pruning.test_conversion import MODELS, Subclassed, batch_for
 
 L = keras.layers
@@ -38,8 +39,8 @@ def test_every_kernel_loses_its_share_and_the_model_is_untouched(make, group, re
             assert row.weights - row.kept == round(0.5 * row.weights)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    outputs = keras.tree.flatten(pruned.predict_on_batch(batch_for(model)))
-    assert all(np.isfinite(output).all() for output in outputs)
+    values = keras.tree.flatten(outputs(pruned, batch_for(model)))
+    assert all(np.isfinite(one).all() for one in values)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -85,11 +86,11 @@ def test_units_that_meet_in_sums_go_together_and_give_zero(calibrated):
     np.testing.assert_array_equal(alive["stem"], depthwise)
     assert alive["inner"].sum() == 3
     for name in ("bn", "bn2"):
-        between = keras.Model(pruned.input, pruned.get_layer(name).output).predict(x, verbose=0)
+        between = outputs(keras.Model(pruned.input, pruned.get_layer(name).output), x)
         assert not between[..., ~alive["stem"]].any()
     small = kr.compact(pruned)
     assert {name: small.get_layer(name).filters for name in alive} == {"stem": 4, "inner": 3, "outer": 4}
-    np.testing.assert_allclose(small.predict(x, verbose=0), pruned.predict(x, verbose=0), atol=1e-5)
+    np.testing.assert_allclose(outputs(small, x), outputs(pruned, x), atol=1e-5)
     # The outputs are all there.
     assert (keras.ops.convert_to_numpy(pruned.get_layer("head").kernel) != 0).any(axis=0).all()
 
@@ -250,7 +251,7 @@ def test_keras_applications_end_to_end(name, tmp_path):
     model = APPLICATIONS[name](weights=None, input_shape=(96, 96, 3), classes=10)
     x = np.random.default_rng(0).uniform(0, 255, (2, 96, 96, 3)).astype("float32")
     prunable = kr.to_prunable(model)
-    np.testing.assert_allclose(prunable.predict_on_batch(x), model.predict_on_batch(x), atol=1e-6)
+    np.testing.assert_allclose(outputs(prunable, x), outputs(model, x), atol=1e-6)
     pruned = kr.prune(model, 0.8, allocation="uniform")
     for layer in pruned._flatten_layers():
         if layer is not pruned and not isinstance(layer, keras.Model):
@@ -258,10 +259,10 @@ def test_keras_applications_end_to_end(name, tmp_path):
                 assert abs(np.count_nonzero(np.asarray(kernel.variable) == 0) - 0.8 * kernel.size) <= 1
     assert kr.summary(pruned).sparsity == pytest.approx(0.8, abs=1e-5)
     plain = kr.strip(kr.to_prunable(pruned, from_zeros=True))
-    np.testing.assert_allclose(plain.predict_on_batch(x), pruned.predict_on_batch(x), atol=1e-5)
+    np.testing.assert_allclose(outputs(plain, x), outputs(pruned, x), atol=1e-5)
     plain.save(tmp_path / "plain.keras")
     again = keras.models.load_model(tmp_path / "plain.keras")
-    np.testing.assert_allclose(again.predict_on_batch(x), pruned.predict_on_batch(x), atol=1e-6)
+    np.testing.assert_allclose(outputs(again, x), outputs(pruned, x), atol=1e-6)
     report = kr.export_tflite(plain, tmp_path / "plain.tflite", samples=x)
     assert report.stored_sparse
     assert report.difference < 1e-4
@@ -310,7 +311,7 @@ def test_units_of_a_model_called_on_its_own_inputs():
     small = kr.compact(pruned)
     assert [small.get_layer(name).kernel.shape for name in ("a", "b", "out")] == [(8, 8), (8, 8), (8, 4)]
     x = np.random.default_rng(0).standard_normal((5, 8)).astype("float32")
-    np.testing.assert_allclose(pruned.predict_on_batch(x), small.predict_on_batch(x), atol=1e-5)
+    np.testing.assert_allclose(outputs(pruned, x), outputs(small, x), atol=1e-5)
     assert [row.layer for row in kr.prune(model, 0.5, target="litert").pruning_report.rows] == ["a", "b", "out"]
 
 

@@ -9,6 +9,7 @@ from keras_renorm.src.pruning.recovery import augmentation, course
 from keras_renorm.src.pruning.recovery import recover as module
 from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, relative_error, with_places
 from tests.layers.cases import CASES, model_around, model_inputs
+from tests.outputs import outputs
 
 L = keras.layers
 X = np.random.default_rng(0).standard_normal((160, 12)).astype("float32")
@@ -47,7 +48,7 @@ def assert_same(one, other):
 
 
 def distance(model, other, x):
-    return np.mean((model.predict(x, verbose=0) - other.predict(x, verbose=0)) ** 2)
+    return np.mean((outputs(model, x) - outputs(other, x)) ** 2)
 
 
 def test_it_comes_nearer_on_samples_that_it_did_not_see():
@@ -98,7 +99,7 @@ def test_units_that_are_dead_remain_dead():
     pruned = kr.prune(model, 0.5, pattern="unit", verbose=0)
     better = recover(pruned, model, IMAGES, learning_rate=0.05, epochs=3)
     features = [keras.Model(one.input, one.get_layer("sum").input[1]) for one in (pruned, better)]
-    dead, still = (np.abs(one.predict(IMAGES, verbose=0)).max(axis=(0, 1, 2)) == 0 for one in features)
+    dead, still = (np.abs(outputs(one, IMAGES)).max(axis=(0, 1, 2)) == 0 for one in features)
     assert dead.sum() == 4
     np.testing.assert_array_equal(dead, still)
 
@@ -409,7 +410,7 @@ def test_prune_recovers():
     expected = kr.recover(pruned, model, IMAGES, epochs=3, batch_size=32, augment=["flip", "shift"], seed=2, verbose=0)
     options = dict(epochs=3, batch_size=32, augment=["flip", "shift"], seed=2)
     better = kr.prune(model, 0.8, calibration=(batch for batch in (IMAGES[:50], IMAGES[50:])), recover=options, verbose=0)
-    np.testing.assert_allclose(better.predict(IMAGES, verbose=0), expected.predict(IMAGES, verbose=0), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(outputs(better, IMAGES), outputs(expected, IMAGES), rtol=1e-2, atol=1e-4)
     assert better.recovery_report.steps == expected.recovery_report.steps
     assert str(better.pruning_report) == str(pruned.pruning_report) == str(expected.pruning_report)
 
@@ -494,7 +495,7 @@ def test_the_report_has_the_errors_of_layers():
     features = [keras.Model(one.input, one.get_layer("first").output) for one in (pruned, model)]
     # 9 of 96 samples are held out.
     held_out = IMAGES[np.random.default_rng(0).permutation(96)[:9]]
-    given, wanted = (one.predict(held_out, verbose=0) for one in features)
+    given, wanted = (outputs(one, held_out) for one in features)
     assert report.layers[0].before == pytest.approx(np.sum((given - wanted) ** 2) / np.sum(wanted**2), rel=1e-3)
     assert report.layers[0].after != report.layers[0].before
     assert "error of layer" in str(report)

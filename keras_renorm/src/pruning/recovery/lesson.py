@@ -24,7 +24,8 @@ class Lesson(keras.Model):
     Args:
         student: the model to train; or a model that returns its intermediate values and then its outputs.
         teacher: the model that computes what the student should compute, in the same structure. It is not trained.
-        losses: a function `(wanted, given) -> loss` for each float that the two return, in their order.
+        losses: a function `(wanted, given) -> loss` for each float that the two return, in their order. The loss is the sum of
+            those of the outputs, and the mean of the others: a deep model has more of them.
         choices: for each of these, at the end, that is an output of the model, whether its largest number is a choice.
         augment: maps a batch of inputs to the inputs to learn from. Defaults to `None`.
         follow: whether the student computes as in training: normalization by the statistics of the batch, dropout. Defaults to
@@ -73,7 +74,8 @@ class Lesson(keras.Model):
         for one, other, chooses in zip(*outputs, self._choices):
             if chooses:
                 self.agreement.update_state(ops.equal(ops.argmax(one, axis=-1), ops.argmax(other, axis=-1)))
-        return sum(losses)
+        inside, at_outputs = losses[: -len(self._choices)], losses[-len(self._choices) :]
+        return sum(at_outputs) + sum(inside) / max(1, len(inside))
 
 
 def is_choice(outputs: Any) -> bool:

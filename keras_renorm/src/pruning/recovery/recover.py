@@ -52,7 +52,7 @@ def recover(
 
     The loss compares the outputs of the two models: class probabilities by the Kullback-Leibler divergence at a temperature of
     2, other outputs by the squared error relative to their variance. It also compares the sums inside the models where branches
-    meet (residual connections), by the relative squared error. Normalization computes as in inference.
+    meet (residual connections), by the mean of their relative squared errors. Normalization computes as in inference.
 
     Zeros of kernels are kept, so that sparsity, patterns and removed units remain. A part of the samples is held out. The
     weights that are nearest to the dense model there are returned: at worst, those of the model that was passed in.

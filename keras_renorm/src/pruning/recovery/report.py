@@ -30,8 +30,8 @@ class RecoveryReport:
         places: a `Place` for each part of the loss: the sums inside the model where branches meet, and the outputs.
         layers: a `Place` for each layer with pruned kernels, in the order of the calls: the relative squared error of its
             outputs. Empty for a subclassed model, and for a model whose layers have fewer units than those of the dense model.
-        before: the sum of the losses on the held-out samples before recovery.
-        after: the same sum after recovery.
+        before: the loss on the held-out samples before recovery: the sum of those of the outputs, and the mean of the others.
+        after: the same loss after recovery.
         agreement_before: share of the held-out samples for which the largest output of the two models is the same, before
             recovery; `None` for outputs of one number.
         agreement_after: the same share after recovery.
@@ -57,7 +57,7 @@ class RecoveryReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        total = ("sum of the losses", f"{self.before:.4f}", f"{self.after:.4f}")
+        total = ("outputs, and mean of the others", f"{self.before:.4f}", f"{self.after:.4f}")
         lines = [format_table(("loss", "before", "after"), [*_cells(self.places), total], right=(1, 2), total=True)]
         if self.layers:
             lines.insert(0, format_table(("error of layer", "before", "after"), _cells(self.layers), right=(1, 2)) + "\n")
