@@ -104,6 +104,7 @@ def test_mask_and_scale_are_not_trainable(cls):
     assert {variable.name for variable in layer.non_trainable_variables} == {"mask", "scale", "pruning_step"}
 
 
+@pytest.mark.fresh_optimizer
 @LAYERS
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

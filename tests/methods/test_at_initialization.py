@@ -163,6 +163,7 @@ def test_every_pattern(method, pattern, group):
     assert sparsity_of(model) == pytest.approx(sparsity, abs=0.1)
 
 
+@pytest.mark.fresh_optimizer
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -195,6 +195,7 @@ def assert_masked(model):
     assert model.fit(X, Y, batch_size=40, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.fresh_optimizer
 @needs_settling
 @pytest.mark.parametrize("then", ["fill", "muon", "compiled", "another optimizer", "another model"])
 def test_nothing_is_settled_after_an_interrupted_training(then):

@@ -106,6 +106,7 @@ def test_every_batch_is_a_step(accumulated, steps_per_execution):
     assert callback.sparsity == 0.5
 
 
+@pytest.mark.fresh_optimizer
 @pytest.mark.parametrize(
     "arguments",
     [

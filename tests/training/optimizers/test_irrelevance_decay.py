@@ -34,6 +34,7 @@ def formula(weights, x, gamma, alpha, relative, learning_rate):
 
 
 @pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.fresh_optimizer
 @pytest.mark.parametrize("way", [{}, dict(jit_compile=True), dict(run_eagerly=True)], ids=["graph", "xla", "eager"])
 def test_one_step_by_hand(relative, way):
     weights, x = [1.0, -2.0, 3.0], [1.0, 0.0, 0.5]

@@ -93,6 +93,7 @@ def test_training_goes_as_without_it_and_the_sums_are_those_of_the_gradients(opt
         np.testing.assert_allclose(recorder.gradient(recorded.layers[0].kernel), expected, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.fresh_optimizer
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_every_way_to_train(way):
     plain, recorded = make("adam", **way), make(kr.optimizers.Recorder("adam"), **way)
