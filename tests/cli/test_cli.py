@@ -19,6 +19,7 @@ from keras_renorm.cli import compare, files, parser, report
 from keras_renorm.cli import main as cli
 from keras_renorm.src.export import running, storage, verification
 from keras_renorm.src.export.benchmark import Inference
+from keras_renorm.src.pruning.recovery import recover
 
 L = keras.layers
 ROOT = pathlib.Path(kr.__file__).parents[1]
@@ -101,7 +102,8 @@ def test_prune_units_and_take_them_out(run, tmp_path):
     assert keras.models.load_model(tmp_path / "s.keras").get_layer("hidden").units == 16
 
 
-def test_prune_and_recover(run, tmp_path):
+def test_prune_and_recover(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(recover, "STEPS", 40)
     command = "prune model.keras --sparsity 0.9 --calibration x.npz --recover -o @out.keras"
     status, out, err = run(command)
     assert (status, err) == (0, "")
