@@ -110,6 +110,12 @@ def _add_prune(commands: Any) -> argparse.ArgumentParser:
     command = _command(commands, "prune", "prune a trained model in one shot, without labels and without training", PRUNE)
     command.add_argument("model", type=types.model_file(".keras"), metavar="MODEL.keras")
     _add_output(command, ".keras")
+    _add_weights_to_remove(command)
+    _add_repair(command)
+    return command
+
+
+def _add_weights_to_remove(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sparsity",
         required=True,
@@ -117,20 +123,6 @@ def _add_prune(commands: Any) -> argparse.ArgumentParser:
         type=types.setting(types.share),
         metavar="[LAYER=]SHARE",
         help="fraction of the weights to remove, in [0, 1), such as 0.9; or LAYER=0.9, once for each layer (or glob) to prune",
-    )
-    command.add_argument(
-        "--calibration",
-        type=types.file(".npz", ".npy"),
-        metavar="X.npz",
-        help="a few hundred to a few thousand unlabelled samples",
-    )
-    command.add_argument(
-        "--renormalize",
-        type=types.name_among(RENORMALIZERS),
-        default="auto",
-        metavar="HOW",
-        help="what is done to the weights that stay: l1, l2 or none; with --calibration also lstsq or moments "
-        "(default: lstsq with --calibration, else what measures best without)",
     )
     command.add_argument(
         "--criterion",
@@ -161,6 +153,23 @@ def _add_prune(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--layer", action="append", metavar="LAYER", help="prune this layer (or glob); repeat it for more (default: all)"
     )
+
+
+def _add_repair(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--calibration",
+        type=types.file(".npz", ".npy"),
+        metavar="X.npz",
+        help="a few hundred to a few thousand unlabelled samples",
+    )
+    command.add_argument(
+        "--renormalize",
+        type=types.name_among(RENORMALIZERS),
+        default="auto",
+        metavar="HOW",
+        help="what is done to the weights that stay: l1, l2 or none; with --calibration also lstsq or moments "
+        "(default: lstsq with --calibration, else what measures best without)",
+    )
     command.add_argument(
         "--recover",
         action="store_true",
@@ -177,7 +186,6 @@ def _add_prune(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--batch-size", type=types.count, default=128, metavar="N", help="samples at once (default: %(default)s)"
     )
-    return command
 
 
 def _add_report(commands: Any) -> argparse.ArgumentParser:
