@@ -6,6 +6,7 @@ the seeds of the table are different choices of these. Writes a picture and the 
 
     python examples/one_shot_resnet.py
     python examples/one_shot_resnet.py --dataset cifar10 --model resnet20.keras --input-scale 255 --samples 1024
+    python examples/one_shot_resnet.py ... --recover --augment flip shift
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ WAYS = {
     "moments": dict(renormalize="moments", criterion="magnitude", calibrated=True),
     "lstsq": dict(renormalize="lstsq", criterion="magnitude", calibrated=True),
     "lstsq, admm (default)": dict(calibrated=True),
-    "the same, then recover": dict(calibrated=True, recover=dict(augment=["flip", "shift"], from_logits=True)),
 }
 
 
@@ -60,6 +60,10 @@ def main():
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument(
+        "--recover", action="store_true", help="the dense model then teaches the pruned one, which takes minutes"
+    )
+    parser.add_argument("--augment", nargs="*", choices=("flip", "shift"), default=[], help="with --recover")
     arguments = parser.parse_args()
     (images, labels), (test_images, test_labels) = datasets.load(arguments.dataset, arguments.data_dir)
     images, test = images * arguments.input_scale, (test_images * arguments.input_scale, test_labels)
@@ -69,10 +73,14 @@ def main():
         model = trained((images, labels), arguments.epochs)
     dense = accuracy(model, test)
     OUT.mkdir(exist_ok=True)
+    ways = dict(WAYS)
+    if arguments.recover:
+        options = dict(augment=arguments.augment or None, from_logits=True)
+        ways["the same, then recover"] = dict(calibrated=True, recover=options)
     rows = []
     for seed in range(arguments.seeds):
         samples = images[np.random.default_rng(seed).permutation(len(images))[: arguments.samples]]
-        for way, how in WAYS.items():
+        for way, how in ways.items():
             how = dict(how, layers=keras.layers.Conv2D)
             if how.pop("calibrated", False):
                 how.update(calibration=samples, verbose=0)
