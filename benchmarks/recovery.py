@@ -29,13 +29,10 @@ import numpy as np
 from one_shot import accuracy
 
 import keras_renorm as kr
+from keras_renorm.src.pruning.recovery import augmentation
 
 HELD_OUT = 5000
 PATTERNS = {"unstructured": "unstructured", "block": kr.patterns.Block((4, 1)), "unit": "unit"}
-LAYERS = {
-    "flip": lambda: keras.layers.RandomFlip("horizontal"),
-    "shift": lambda: keras.layers.RandomTranslation(0.1, 0.1, fill_mode="nearest"),
-}
 
 
 def trained(model, x, labels, steps, seed, arguments):
@@ -44,7 +41,7 @@ def trained(model, x, labels, steps, seed, arguments):
     model = kr.to_prunable(model, from_zeros=True)
     inputs = varied = keras.Input(x.shape[1:])
     for name in arguments.augment:
-        varied = LAYERS[name]()(varied)
+        varied = augmentation.KNOWN[name]()(varied)
     whole = keras.Model(inputs, model(varied))
     rate = keras.optimizers.schedules.CosineDecay(arguments.learning_rate, steps)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -115,7 +112,7 @@ def main():
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--augment", nargs="*", choices=LAYERS, default=[])
+    parser.add_argument("--augment", nargs="*", choices=augmentation.KNOWN, default=[])
     parser.add_argument("--labels", action="store_true", help="also train with labels")
     parser.add_argument("--test", action="store_true", help="measure on the test split")
     parser.add_argument("--seeds", type=int, default=1, help="each with other samples")

@@ -286,6 +286,8 @@ BAD = {
     "rate": (lambda p, m: (p, m, X), dict(learning_rate=-1.0), "`learning_rate` must be a positive number"),
     "seconds": (lambda p, m: (p, m, X), dict(seconds=0), "`seconds` must be a positive number"),
     "verbose": (lambda p, m: (p, m, X), dict(verbose=7), "`verbose`"),
+    "no rate": (lambda p, m: (p, m, X), dict(learning_rate=None), "`learning_rate` must be a positive number"),
+    "seed": (lambda p, m: (p, m, X), dict(seed="a"), "`seed` must be an integer of at least 0"),
     "augment": (lambda p, m: (p, m, X), dict(augment="turn"), "`augment` must be one of .'flip', 'shift'."),
     "no images": (lambda p, m: (p, m, X), dict(augment=["flip"]), "one input of images.*'flip'.*12"),
     "no function": (lambda p, m: (p, m, X), dict(augment=3), "`augment` must be a name, a layer, a function"),
@@ -389,11 +391,21 @@ def test_a_recovery_that_is_continued_ends_like_one_in_one_go(tmp_path, monkeypa
     assert_same(values(whole), values(recover(pruned, model, **arguments)))
 
 
-def test_a_recovery_goes_on_with_more_seconds(tmp_path):
+def test_a_recovery_goes_on_with_more_seconds(tmp_path, monkeypatch):
     model, pruned, arguments = run_of(tmp_path)
-    few = recover(pruned, model, seconds=1e-6, **arguments).recovery_report
-    assert few.steps < 10
-    assert recover(pruned, model, **arguments).recovery_report.steps == 30 * 144 // 16
+    with monkeypatch.context() as context:
+        clock = iter(np.arange(0, 1000.0))
+        context.setattr(course.time, "monotonic", lambda: next(clock))
+        few = recover(pruned, model, seconds=20, **arguments).recovery_report
+    assert 0 < few.steps < 30 * 144 // 16
+    assert "time limit" in few.notes[0]
+    step, taken = Lesson.train_on_batch, []
+    monkeypatch.setattr(Lesson, "train_on_batch", lambda self, batch: taken.append(1) or step(self, batch))
+    more = recover(pruned, model, **arguments).recovery_report
+    assert more.steps == 30 * 144 // 16
+    assert len(taken) == more.steps - few.steps
+    assert more.before == few.before
+    assert not any("time limit" in note for note in more.notes)
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(learning_rate=0.1), dict(epochs=3), dict(x=2 * X)], ids=str)
@@ -415,6 +427,14 @@ def test_prune_recovers():
     assert expected.pruning_report is pruned.pruning_report
     one, other = (one.pruning_report.sparsity for one in (better, pruned))
     assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_prune_recovers_a_model_with_nested_inputs():
+    a, b, c = (keras.Input((width,), name=name) for name, width in (("a", 6), ("b", 4), ("c", 3)))
+    model = keras.Model([a, {"b": b, "c": c}], L.Dense(3)(L.Dense(16, "relu")(L.Concatenate()([a, b, c]))))
+    samples = [X[:, :6], {"b": X[:, 6:10], "c": X[:, :3]}]
+    better = kr.prune(model, 0.5, calibration=samples, recover=dict(epochs=2), verbose=0)
+    assert better.recovery_report.samples == 144
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_renorm.src.calibration.gradients import loss_gradients
 from keras_renorm.src.calibration.observing import observe
-from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.samples import Samples, count_samples
 from keras_renorm.src.core.keras_internals import flatten_layers
 from keras_renorm.src.core.statistics import Statistics
 from keras_renorm.src.layers.kernels import Kernel, find_kernels
@@ -76,7 +76,7 @@ def _inputs(model: keras.Model, samples: Samples) -> Iterator[tuple[LinearPart, 
 def _gradients(model: keras.Model, samples: Samples) -> Iterator[tuple[LinearPart, np.ndarray, int]]:
     parts = _kernels_as_products(model)
     for batch in samples.labelled():
-        count = len(keras.tree.flatten(batch[0])[0])
+        count = count_samples(batch[0])
         for part, gradient in zip(parts, loss_gradients(model, batch, [part.kernel for part in parts])):
             if not np.isfinite(gradient).all():
                 raise ValueError(

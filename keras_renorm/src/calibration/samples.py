@@ -86,7 +86,7 @@ class Samples:
         count = 0
         for batch, *rest in self._read():
             batch = self._check(batch)
-            size = len(keras.tree.flatten(batch)[0])
+            size = count_samples(batch)
             count += size
             if count > MOST_SAMPLES:
                 raise ValueError(
@@ -176,15 +176,23 @@ class Samples:
         return batch
 
 
+def count_samples(samples: Any) -> int:
+    """The number of samples in nested arrays."""
+    return len(keras.tree.flatten(samples)[0])
+
+
+def take_samples(samples: Any, chosen: slice | np.ndarray) -> Any:
+    """Some of the samples, by a slice or by their numbers."""
+    return keras.tree.map_structure(operator.itemgetter(chosen), samples)
+
+
 def _to_numpy(leaf):
     return leaf if isinstance(leaf, np.ndarray) else np.asarray(ops.convert_to_numpy(leaf))
 
 
 def _slices(arrays, batch_size):
-    length = len(keras.tree.flatten(arrays)[0])
-    for start in range(0, length, batch_size):
-        part = slice(start, start + batch_size)
-        yield keras.tree.map_structure(operator.itemgetter(part), arrays)
+    for start in range(0, count_samples(arrays), batch_size):
+        yield take_samples(arrays, slice(start, start + batch_size))
 
 
 def _fits(shape, wanted) -> bool:

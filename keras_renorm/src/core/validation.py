@@ -60,6 +60,13 @@ def check_count(value: Any, argument: str) -> int:
     return int(value)
 
 
+def check_positive(value: Any, argument: str) -> float:
+    """Return `value` as a float if it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.floating)) or not 0 < value < np.inf:
+        raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
+    return float(value)
+
+
 def check_choice(value: Any, choices: tuple[str, ...], argument: str) -> str:
     """Return `value` if it is one of `choices`."""
     if value not in choices:

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.samples import Samples, take_samples
 from keras_renorm.src.calibration.scaling import warn_of_odd_samples
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.keras_internals import flatten_layers
@@ -143,11 +143,12 @@ def _recovery_options(recover: Any, model: keras.Model, calibration: Any) -> dic
     if calibration is None:
         raise ValueError("Argument `recover` needs samples: pass `calibration`. Received: calibration=None.")
     options = {} if recover is True else dict(recover)
-    known = [name for name in inspect.signature(recovery.check_options).parameters if name != "model"]
+    given = ("pruned", "model", "samples", "verbose")
+    known = [name for name in inspect.signature(recovery.recover).parameters if name not in given]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ValueError(f"Argument `recover` can hold {known}. Received: {unknown} in recover={recover!r}.")
-    recovery.check_options(model, **options)
+    recovery.check_options(model, options)
     return options
 
 
@@ -163,7 +164,7 @@ def _calibration_set(data: Any, model: keras.Model, batch_size: int, labels: boo
 
 
 def _first_sample(samples: Samples | None) -> Any:
-    return None if samples is None else keras.tree.map_structure(lambda leaf: leaf[:1], next(iter(samples)))
+    return None if samples is None else take_samples(next(iter(samples)), slice(1))
 
 
 def _report(

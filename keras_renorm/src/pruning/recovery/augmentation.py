@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,9 @@ def flip() -> keras.Layer:
 
 def shift() -> keras.Layer:
     return keras.layers.RandomTranslation(0.1, 0.1, fill_mode="nearest")
+
+
+KNOWN = names.resolve(names.AUGMENTATIONS)
 
 
 def get(augment: Any, model: keras.Model) -> Callable[[Any], Any] | None:
@@ -41,17 +43,16 @@ def get(augment: Any, model: keras.Model) -> Callable[[Any], Any] | None:
 def _part(augment: Any, model: keras.Model) -> Callable[[Any], Any]:
     if isinstance(augment, str):
         inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
-        if augment not in names.AUGMENTATIONS:
+        if augment not in KNOWN:
             raise ValueError(
-                f"Argument `augment` must be one of {sorted(names.AUGMENTATIONS)}, a layer or a function. Received: "
-                f"augment={augment!r}."
+                f"Argument `augment` must be one of {sorted(KNOWN)}, a layer or a function. Received: augment={augment!r}."
             )
         if len(inputs) != 1 or len(inputs[0].shape) != 4:
             raise ValueError(
                 f"Argument `augment` can be a name only for models with one input of images. Received: augment={augment!r} for "
                 f"model '{model.name}' with inputs of the shapes {[tuple(one.shape) for one in inputs]}. Pass a function."
             )
-        augment = pkgutil.resolve_name(names.AUGMENTATIONS[augment])()
+        augment = KNOWN[augment]()
     if isinstance(augment, keras.Layer):
         layer = augment
         return lambda inputs: layer(inputs, training=True)

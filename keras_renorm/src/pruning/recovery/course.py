@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_renorm.src.calibration.samples import count_samples, take_samples
 from keras_renorm.src.core.arrays import copied
 from keras_renorm.src.core.run_folder import RunFolder
 from keras_renorm.src.pruning.recovery.lesson import Lesson
@@ -59,7 +60,7 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
     # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen. Not by `fit`, which takes
     # longer to begin than a small model takes for these steps.
     at_once = max(_FEWEST_STEPS, training.steps // _MEASUREMENTS)
-    order = _order(_count(x), training.steps * training.batch_size, training.seed)
+    order = _order(count_samples(x), training.steps * training.batch_size, training.seed)
     course, best = _first(lesson, held_out, training, folder)
     earlier = course.seconds
     bar = keras.utils.Progbar(
@@ -78,7 +79,7 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
             lesson.optimizer.learning_rate = training.learning_rate * (1 + math.cos(math.pi * progress)) / 2
             keras.utils.set_random_seed(training.seed + course.steps)
             for step in range(course.steps, min(course.steps + at_once, training.steps)):
-                lesson.train_on_batch(_part(x, order[step * training.batch_size : (step + 1) * training.batch_size]))
+                lesson.train_on_batch(take_samples(x, order[step * training.batch_size : (step + 1) * training.batch_size]))
             now = _measure(lesson, held_out, training)
             course.steps = min(course.steps + at_once, training.steps)
             if not math.isfinite(now["loss"]):
@@ -120,20 +121,12 @@ def _changing(lesson: Lesson) -> list[keras.Variable]:
 
 def _measure(lesson: Lesson, held_out: Any, training: Training) -> dict[str, float]:
     """The means of the losses and of the agreement over all samples."""
-    count, means = _count(held_out), collections.Counter()
+    count, means = count_samples(held_out), collections.Counter()
     for start in range(0, count, training.batch_size):
-        batch = _part(held_out, slice(start, start + training.batch_size))
+        batch = take_samples(held_out, slice(start, start + training.batch_size))
         for name, value in lesson.test_on_batch(batch, return_dict=True).items():
-            means[name] += float(value) * _count(batch) / count
+            means[name] += float(value) * count_samples(batch) / count
     return dict(means)
-
-
-def _part(samples: Any, chosen: np.ndarray | slice) -> Any:
-    return keras.tree.map_structure(lambda leaf: leaf[chosen], samples)
-
-
-def _count(samples: Any) -> int:
-    return len(keras.tree.flatten(samples)[0])
 
 
 def _order(count: int, length: int, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_renorm.src.calibration.samples import count_samples, take_samples
 from keras_renorm.src.core.keras_internals import inputs_structure, nodes_of
 from keras_renorm.src.models.graph import functional_of
 from keras_renorm.src.pruning.recovery.lesson import float_values
@@ -31,8 +32,8 @@ def layer_errors(pruned: keras.Model, model: keras.Model, x: Any, batch_size: in
     if called != others or [tensor.shape for tensor in one.outputs] != [tensor.shape for tensor in other.outputs]:
         return []
     errors, sizes = np.zeros((2, len(called)))
-    for start in range(0, min(len(keras.tree.flatten(x)[0]), _MOST_SAMPLES), batch_size):
-        batch = keras.tree.map_structure(lambda leaf, start=start: leaf[start : start + batch_size], x)
+    for start in range(0, min(count_samples(x), _MOST_SAMPLES), batch_size):
+        batch = take_samples(x, slice(start, start + batch_size))
         outputs = (float_values(each(batch, training=False)) for each in (one, other))
         for index, (given, wanted) in enumerate(zip(*outputs, strict=True)):
             errors[index] += float(ops.sum(ops.square(wanted - given)))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_renorm.src.calibration.samples import Samples
+from keras_renorm.src.calibration.samples import Samples, count_samples, take_samples
 from keras_renorm.src.core import validation
 from keras_renorm.src.core.arrays import copied
 from keras_renorm.src.core.run_folder import RunFolder, digest
@@ -75,7 +76,8 @@ def recover(
             list of these. Defaults to `None`.
         seconds: time limit. Defaults to `None`: no limit.
         directory: folder for the state, which is written about 20 times. If the folder holds the state of the same recovery,
-            it is continued: after an interrupt, or with more `seconds`. Defaults to `None`: no state is kept.
+            it is continued: after an interrupt it ends with the same weights as in one go; with more `seconds` the learning
+            rate begins to decay again from there. Defaults to `None`: no state is kept.
         seed: integer that determines which samples are held out, their order, and all random numbers: it is passed to
             `keras.utils.set_random_seed`. Defaults to 0.
         verbose: `"auto"`, 0, 1, or 2: the progress bar. Defaults to `"auto"`: shown where Keras logs interactively.
@@ -87,6 +89,7 @@ def recover(
     Raises:
         ValueError: if the models are not built or do not fit together, `pruned` has no trainable weights, the samples are too
             few, of the wrong shape or not finite, or the directory holds the state of another recovery.
+        TypeError: if `augment` is none of the above.
 
     Example:
 
@@ -100,21 +103,24 @@ def recover(
     """
     for value, argument in ((pruned, "pruned"), (model, "model")):
         validation.check_model(value, argument)
-    check_options(model, epochs, batch_size, learning_rate, augment=augment, seconds=seconds)
+    numbers_given = dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seconds=seconds, seed=seed)
+    check_options(model, dict(numbers_given, augment=augment))
     _check_pair(pruned, model)
     verbose = validation.check_verbose(verbose)
     pruning_report = getattr(pruned, "pruning_report", None)
     pruned = strip(pruned) if prunable_layers(pruned) else pruned
-    with Samples(samples, model, batch_size, argument="samples") as batches:
+    # `prune` has checked its samples, and put them into the structure of the model.
+    checked = isinstance(samples, Samples)
+    with contextlib.nullcontext(samples) if checked else Samples(samples, model, batch_size, argument="samples") as batches:
         x = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
     fixed = _fixed_batch_size(model)
     learn, held_out = _split(x, seed, fixed or 1)
-    first = keras.tree.map_structure(lambda leaf: leaf[:1], x)
+    first = take_samples(x, slice(1))
     student, _ = copy_model(pruned, inputs=first)
     teacher, _ = copy_model(model, inputs=first)
     from_logits = _has_logits(model) if from_logits is None else from_logits
     lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augmentation.get(augment, model))
-    count = _count(learn)
+    count = count_samples(learn)
     batch_size = fixed or min(batch_size, count)
     steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
     training = Training(steps, batch_size, learning_rate, seconds, seed, verbose)
@@ -127,7 +133,7 @@ def recover(
         course = take_course(lesson, taught, kept, training, folder)
     after = layer_errors(student, teacher, held_out, few)
     layers = tuple(Place(name, one, other) for (name, one), (_, other) in zip(before, after))
-    student.recovery_report = _report(lesson, names, layers, course, count, _count(held_out))
+    student.recovery_report = _report(lesson, names, layers, course, count, count_samples(held_out))
     if pruning_report is not None:
         student.pruning_report = pruning_report
     return student
@@ -143,15 +149,11 @@ def _folder(directory: str | os.PathLike | None, settings: list, student: keras.
 
 def _with_answers(lesson: Lesson, x: Any, batch_size: int) -> dict[str, Any]:
     """The samples, with what the teacher computes for them if memory holds it."""
-    one = keras.tree.map_structure(lambda leaf: leaf[: _fixed_batch_size(lesson.teacher) or 1], x)
+    one = take_samples(x, slice(_fixed_batch_size(lesson.teacher) or 1))
     size = sum(math.prod(answer.shape[1:]) for answer in float_values(lesson.teacher(one, training=False)))
-    if size * _count(x) > _MOST_ANSWERS:
+    if size * count_samples(x) > _MOST_ANSWERS:
         return {"inputs": x}
     return {"inputs": x, "wanted": lesson.answers(x, batch_size)}
-
-
-def _count(samples: Any) -> int:
-    return len(keras.tree.flatten(samples)[0])
 
 
 def _name_of(augment: Any) -> Any:
@@ -161,25 +163,24 @@ def _name_of(augment: Any) -> Any:
     return augment if isinstance(augment, str) else getattr(augment, "__qualname__", type(augment).__qualname__)
 
 
-def check_options(
-    model: keras.Model,
-    epochs: int | None = None,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
-    from_logits: bool | None = None,
-    augment: Any = None,
-    seconds: float | None = None,
-    directory: Any = None,
-    seed: int = 0,
-) -> None:
-    """Raise if an argument of `recover` is not valid, before anything is done."""
-    validation.check_count(batch_size, "batch_size")
-    if epochs is not None:
-        validation.check_count(epochs, "epochs")
-    for value, argument in ((learning_rate, "learning_rate"), (seconds, "seconds")):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
-            raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
-    augmentation.get(augment, model)
+def check_options(model: keras.Model, options: Mapping[str, Any]) -> None:
+    """Raise if an argument of `recover` is not valid, before anything is done. Only those in `options` are checked."""
+    checks = dict(
+        epochs=validation.check_count,
+        batch_size=validation.check_count,
+        learning_rate=validation.check_positive,
+        seconds=validation.check_positive,
+        seed=_check_seed,
+    )
+    for argument in checks.keys() & options.keys():
+        if options[argument] is not None or argument not in ("epochs", "seconds"):
+            checks[argument](options[argument], argument)
+    augmentation.get(options.get("augment"), model)
+
+
+def _check_seed(value: Any, argument: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"Argument `{argument}` must be an integer of at least 0. Received: {argument}={value!r}.")
 
 
 def _check_pair(pruned: keras.Model, model: keras.Model) -> None:
@@ -205,7 +206,7 @@ def _fixed_batch_size(model: keras.Model) -> int | None:
 
 def _split(x: Any, seed: int, multiple: int) -> tuple[Any, Any]:
     """The samples to learn from, and the samples that are held out: a tenth, at most a thousand, in whole batches."""
-    count = _count(x)
+    count = count_samples(x)
     fewest = max(_FEWEST_SAMPLES, 2 * multiple)
     if count < fewest:
         raise ValueError(
@@ -213,9 +214,7 @@ def _split(x: Any, seed: int, multiple: int) -> tuple[Any, Any]:
         )
     order = np.random.default_rng(seed).permutation(count)
     held_out = min(max(count // 10, _FEWEST_SAMPLES // 4), _MOST_HELD_OUT) // multiple * multiple or multiple
-    return tuple(
-        keras.tree.map_structure(lambda leaf, part=part: leaf[part], x) for part in (order[held_out:], order[:held_out])
-    )
+    return take_samples(x, order[held_out:]), take_samples(x, order[:held_out])
 
 
 def _lesson(
@@ -226,7 +225,7 @@ def _lesson(
     shapes = [[tuple(one.shape) for one in keras.tree.flatten(model.outputs)] for model, names in pair if names]
     names = pair[0][1] if len(shapes) == 2 and shapes[0] == shapes[1] else []
     models = [model for model, _ in pair] if names else [student, teacher]
-    few = keras.tree.map_structure(lambda leaf: leaf[: _fixed_batch_size(teacher) or _FEWEST_SAMPLES], x)
+    few = take_samples(x, slice(_fixed_batch_size(teacher) or _FEWEST_SAMPLES))
     outputs = float_values(teacher(few, training=False))
     if not outputs:
         raise ValueError(f"Model '{teacher.name}' has no outputs of floats, so nothing can be compared.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -67,13 +65,11 @@ class IrrelevanceDecay(OptimizerWrapper):
         exclude: Sequence[str] | None = None,
         name: str | None = None,
     ):
-        for argument, value in (("gamma", gamma), ("alpha", alpha)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-                raise ValueError(f"Argument `{argument}` must be a positive number. Received: {argument}={value!r}.")
+        gamma, alpha = validation.check_positive(gamma, "gamma"), validation.check_positive(alpha, "alpha")
         if decay_steps is not None:
             validation.check_count(decay_steps, "decay_steps")
         super().__init__(optimizer, name=name)
-        self.gamma, self.alpha = float(gamma), float(alpha)
+        self.gamma, self.alpha = gamma, alpha
         self.relative = validation.check_choice(relative, (True, False), "relative")
         self.decay_steps = decay_steps
         self.exclude = list(exclude) if exclude else None
