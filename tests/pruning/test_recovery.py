@@ -7,7 +7,7 @@ import keras_renorm as kr
 from keras_renorm.src.pruning import one_shot
 from keras_renorm.src.pruning.recovery import augmentation, course
 from keras_renorm.src.pruning.recovery import recover as module
-from keras_renorm.src.pruning.recovery.lesson import Lesson, divergence, relative_error, with_places
+from keras_renorm.src.pruning.recovery.lesson import Lesson, batch_statistics, divergence, relative_error, with_places
 from tests.layers.cases import CASES, model_around, model_inputs
 from tests.outputs import outputs
 
@@ -102,6 +102,65 @@ def test_units_that_are_dead_remain_dead():
     dead, still = (np.abs(outputs(one, IMAGES)).max(axis=(0, 1, 2)) == 0 for one in features)
     assert dead.sum() == 4
     np.testing.assert_array_equal(dead, still)
+
+
+def normalized(x, frozen=False):
+    """A model with the statistics of these images."""
+    inputs = keras.Input((8, 8, 3))
+    norm = L.BatchNormalization(name="norm", momentum=0.5)
+    y = L.Dropout(0.9)(norm(L.Conv2D(8, 3, padding="same", name="inside")(inputs)))
+    model = keras.Model(inputs, L.Dense(4, name="last")(L.GlobalAveragePooling2D()(L.ReLU()(y))))
+    before = ops.convert_to_numpy(model.get_layer("inside")(x))
+    norm.moving_mean.assign(before.mean(axis=(0, 1, 2)))
+    norm.moving_variance.assign(before.var(axis=(0, 1, 2)))
+    norm.trainable = not frozen
+    return model
+
+
+def of_norm(model):
+    return [ops.convert_to_numpy(value).copy() for value in model.get_layer("norm").non_trainable_weights[-2:]]
+
+
+@pytest.mark.usefixtures("eager")
+def test_batch_normalization_follows_the_batches():
+    model = normalized(IMAGES)
+    pruned = kr.prune(model, 0.8)
+    before = of_norm(model), of_norm(pruned)
+    better = recover(pruned, model, IMAGES, learning_rate=0.01, epochs=10, batch_size=32)
+    report = better.recovery_report
+    assert report.after < 0.5 * report.before
+    inside = keras.Model(better.input, better.get_layer("inside").output)
+    features = outputs(inside, IMAGES)
+    for one, other in zip(of_norm(better), (features.mean(axis=(0, 1, 2)), features.var(axis=(0, 1, 2)))):
+        np.testing.assert_allclose(one, other, rtol=0.2, atol=0.05)
+    for one, other in zip(before, (of_norm(model), of_norm(pruned))):
+        assert_same(one, other)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("why", ["frozen", "other samples", "nothing pruned"])
+def test_batch_normalization_stays_where_following_does_harm(why):
+    model = normalized(IMAGES, frozen=why == "frozen")
+    pruned = kr.prune(model, 0.01 if why == "nothing pruned" else 0.5)
+    x = 3 * IMAGES + 2 if why == "other samples" else IMAGES
+    better = recover(pruned, model, x, learning_rate=0.003, epochs=6, batch_size=32)
+    assert better.recovery_report.best_step or why == "nothing pruned"
+    assert_same(of_norm(better), of_norm(pruned))
+
+
+def test_statistics_of_the_batch_by_hand():
+    inputs = keras.Input((2,))
+    norm = L.BatchNormalization(momentum=0.75, epsilon=0.0)
+    model = keras.Model(inputs, L.Dropout(0.9)(norm(inputs)))
+    x = np.array([[1.0, -3.0], [3.0, 1.0]], "float32")
+    norm.trainable = False
+    with batch_statistics([norm]):
+        given = ops.convert_to_numpy(model(x, training=False))
+    np.testing.assert_allclose(given, [[-1.0, -1.0], [1.0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_mean), [0.5, -0.25], rtol=1e-6)
+    np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_variance), [1.0, 1.75], rtol=1e-6)
+    np.testing.assert_allclose(ops.convert_to_numpy(model(x)[:, 0]), (x[:, 0] - 0.5), rtol=1e-6)
+    assert not norm.trainable
 
 
 @pytest.mark.usefixtures("eager")
@@ -238,17 +297,27 @@ def test_nan_ends_it():
     assert np.isfinite(report.after)
 
 
-@pytest.mark.usefixtures("eager")
 def interrupted_at(monkeypatch, steps):
-    """Let training be interrupted when it has come to a step."""
-    step = Lesson.train_on_batch
+    """Let training be interrupted in a step, which ends before anything is done with its results."""
+    make, taken = Lesson.make_train_function, []
 
-    def interrupted(self, *args, **kwargs):
-        if int(self.optimizer.iterations) >= steps:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
+    def make_interrupted(self, force=False):
+        before = self.train_function
+        make(self, force)
+        if before is self.train_function:
+            return
+        step = self.train_function
 
-    monkeypatch.setattr(Lesson, "train_on_batch", interrupted)
+        def interrupted(*args):
+            results = step(*args)
+            taken.append(1)
+            if len(taken) >= steps:
+                raise KeyboardInterrupt
+            return results
+
+        self.train_function = interrupted
+
+    monkeypatch.setattr(Lesson, "make_train_function", make_interrupted)
 
 
 def test_an_interrupt_returns_the_best_so_far(monkeypatch):
@@ -387,7 +456,7 @@ def test_a_recovery_that_is_continued_ends_like_one_in_one_go(tmp_path, monkeypa
     one, other = (vars(each.recovery_report) for each in (whole, continued))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
     # All is done, so nothing is done.
-    monkeypatch.setattr(Lesson, "train_on_batch", None)
+    monkeypatch.setattr(course, "take_steps", None)
     assert_same(values(whole), values(recover(pruned, model, **arguments)))
 
 
@@ -399,11 +468,13 @@ def test_a_recovery_goes_on_with_more_seconds(tmp_path, monkeypatch):
         few = recover(pruned, model, seconds=20, **arguments).recovery_report
     assert 0 < few.steps < 30 * 144 // 16
     assert "time limit" in few.notes[0]
-    step, taken = Lesson.train_on_batch, []
-    monkeypatch.setattr(Lesson, "train_on_batch", lambda self, batch: taken.append(1) or step(self, batch))
+    take, taken = course.take_steps, []
+    monkeypatch.setattr(
+        course, "take_steps", lambda lesson, x, order, size: taken.extend(order) or take(lesson, x, order, size)
+    )
     more = recover(pruned, model, **arguments).recovery_report
     assert more.steps == 30 * 144 // 16
-    assert len(taken) == more.steps - few.steps
+    assert len(taken) == (more.steps - few.steps) * 16
     assert more.before == few.before
     assert not any("time limit" in note for note in more.notes)
 

@@ -57,12 +57,11 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
     """
     began = time.monotonic()
     lesson.optimizer.build(lesson.trainable_variables)
-    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen. Not by `fit`, which takes
-    # longer to begin than a small model takes for these steps.
+    # Few steps at a time, so that the learning rate follows a curve, and the best weights are seen.
     at_once = max(_FEWEST_STEPS, training.steps // _MEASUREMENTS)
     order = _order(count_samples(x), training.steps * training.batch_size, training.seed)
     course, best = _first(lesson, held_out, training, folder)
-    earlier = course.seconds
+    earlier, taught = course.seconds, _values(lesson.teacher.weights)
     bar = keras.utils.Progbar(
         training.steps, verbose=training.verbose, unit_name="step", stateful_metrics=["distance", "agreement"]
     )
@@ -71,17 +70,14 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
             course.seconds = earlier + time.monotonic() - began
             progress = max(course.steps / training.steps, course.seconds / training.seconds if training.seconds else 0)
             if progress >= 1:
-                course.notes.append(
-                    f"The time limit of {training.seconds:g} seconds ended recovery after {course.steps} of {training.steps} "
-                    "steps."
-                )
+                course.notes.append(_ended(f"The time limit of {training.seconds:g} seconds", course, training))
                 break
             lesson.optimizer.learning_rate = training.learning_rate * (1 + math.cos(math.pi * progress)) / 2
             keras.utils.set_random_seed(training.seed + course.steps)
-            for step in range(course.steps, min(course.steps + at_once, training.steps)):
-                lesson.train_on_batch(take_samples(x, order[step * training.batch_size : (step + 1) * training.batch_size]))
+            to = min(course.steps + at_once, training.steps)
+            take_steps(lesson, x, order[course.steps * training.batch_size : to * training.batch_size], training.batch_size)
             now = _measure(lesson, held_out, training)
-            course.steps = min(course.steps + at_once, training.steps)
+            course.steps = to
             if not math.isfinite(now["loss"]):
                 course.notes.append(f"NaN or infinity ended recovery at step {course.steps}. A lower `learning_rate` may help.")
                 break
@@ -91,10 +87,27 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
             course.seconds = earlier + time.monotonic() - began
             _write(folder, lesson, course, best)
     except KeyboardInterrupt:
-        course.notes.append(f"An interrupt ended recovery after {course.steps} of {training.steps} steps.")
+        course.notes.append(_ended("An interrupt", course, training))
+        # In the middle of a step of JAX, no variable has a value.
+        _assign(lesson.teacher.weights, taught)
     _assign(lesson.student.weights, best)
     course.seconds = earlier + time.monotonic() - began
     return course
+
+
+def take_steps(lesson: Lesson, x: Any, order: np.ndarray, batch_size: int) -> None:
+    """Train on the samples in this order, in batches."""
+    if keras.backend.backend() == "jax":
+        # `train_on_batch` gives all variables their values after each step. That takes longer than a step on a GPU.
+        lesson.fit(take_samples(x, order), batch_size=batch_size, shuffle=False, verbose=0)
+        return
+    # `fit` takes longer to begin than a small model takes for these steps.
+    for start in range(0, len(order), batch_size):
+        lesson.train_on_batch(take_samples(x, order[start : start + batch_size]))
+
+
+def _ended(by: str, course: Course, training: Training) -> str:
+    return f"{by} ended recovery after {course.steps} of {training.steps} steps."
 
 
 def _first(lesson: Lesson, held_out: Any, training: Training, folder: RunFolder | None) -> tuple[Course, list[np.ndarray]]:

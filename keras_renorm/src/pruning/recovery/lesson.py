@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm.src.core.keras_internals import inputs_structure, nodes_of
+from keras_renorm.src.core.keras_internals import flatten_layers, inputs_structure, nodes_of
 from keras_renorm.src.models.channels.table import is_sum
 from keras_renorm.src.models.graph import functional_of
 
@@ -28,8 +30,6 @@ class Lesson(keras.Model):
             those of the outputs, and the mean of the others: a deep model has more of them.
         choices: for each of these, at the end, that is an output of the model, whether its largest number is a choice.
         augment: maps a batch of inputs to the inputs to learn from. Defaults to `None`.
-        follow: whether the student computes as in training: normalization by the statistics of the batch, dropout. Defaults to
-            `False`.
     """
 
     def __init__(
@@ -39,12 +39,14 @@ class Lesson(keras.Model):
         losses: Sequence[Loss],
         choices: Sequence[bool],
         augment: Callable[[Any], Any] | None = None,
-        follow: bool = False,
     ):
         super().__init__(name="lesson")
         self.student, self.teacher = student, teacher
+        self._of_student, self._of_teacher = (_normalizations(model) for model in (student, teacher))
         teacher.trainable = False
-        self._loss_of, self._choices, self._augment, self._follow = list(losses), list(choices), augment, follow
+        self._loss_of, self._choices, self._augment = list(losses), list(choices), augment
+        # Whether batch normalization of the student follows the batches, while it is trained.
+        self.follows = False
         self.distances = [keras.metrics.Mean(f"distance_{index}") for index in range(len(losses))]
         self.agreement = keras.metrics.Mean("agreement")
 
@@ -57,25 +59,70 @@ class Lesson(keras.Model):
         """What the teacher computes for all samples."""
         return [ops.convert_to_numpy(one) for one in float_values(self.teacher.predict(inputs, batch_size, verbose=0))]
 
+    def can_follow(self, inputs: Any) -> bool:
+        """Whether the teacher, normalized by the statistics of these inputs, is nearer to itself than the student is.
+
+        It is not if there are few inputs, or if it was not trained on such inputs.
+        """
+        if not self._of_student:
+            return False
+        wanted, given = (float_values(model(inputs, training=False)) for model in (self.teacher, self.student))
+        with keras.StatelessScope(), batch_statistics(self._of_teacher):
+            followed = float_values(self.teacher(inputs, training=False))
+        by_itself, by_pruning = (float(self._total(self._apart(wanted, one))) for one in (followed, given))
+        return by_itself < by_pruning
+
     def call(self, samples, training=None):
         inputs = samples["inputs"]
         if training and self._augment is not None:
             inputs = self._augment(inputs)
-        given = self.student(inputs, training=bool(training) and self._follow)
+        with batch_statistics(self._of_student) if training and self.follows else contextlib.nullcontext():
+            given = self.student(inputs, training=False)
         wanted = samples["wanted"] if "wanted" in samples else self.teacher(inputs, training=False)
         return float_values(wanted), float_values(given)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         wanted, given = y_pred
-        losses = [loss(*pair) for loss, *pair in zip(self._loss_of, wanted, given)]
+        losses = self._apart(wanted, given)
         for metric, loss in zip(self.distances, losses):
             metric.update_state(loss)
         outputs = [list(values)[-len(self._choices) :] for values in (wanted, given)]
         for one, other, chooses in zip(*outputs, self._choices):
             if chooses:
                 self.agreement.update_state(ops.equal(ops.argmax(one, axis=-1), ops.argmax(other, axis=-1)))
+        return self._total(losses)
+
+    def _apart(self, wanted: Sequence[Any], given: Sequence[Any]) -> list:
+        return [loss(*pair) for loss, *pair in zip(self._loss_of, wanted, given)]
+
+    def _total(self, losses: Sequence[Any]) -> Any:
         inside, at_outputs = losses[: -len(self._choices)], losses[-len(self._choices) :]
         return sum(at_outputs) + sum(inside) / max(1, len(inside))
+
+
+def _normalizations(model: keras.Model) -> list[keras.Layer]:
+    """Batch normalization that is not frozen."""
+    layers = flatten_layers(model)
+    return [layer for layer in layers if type(layer).call is keras.layers.BatchNormalization.call and layer.trainable]
+
+
+@contextlib.contextmanager
+def batch_statistics(layers: Sequence[keras.Layer]) -> Iterator[None]:
+    """While the context is open, these layers compute as in training, whatever the others do."""
+    trainable = [layer.trainable for layer in layers]
+    try:
+        for layer in layers:
+            layer.call = functools.partial(_in_training, layer.call)
+            layer.trainable = True
+        yield
+    finally:
+        for layer, before in zip(layers, trainable):
+            del layer.call
+            layer.trainable = before
+
+
+def _in_training(call: Callable, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+    return call(*args, training=True, **kwargs)
 
 
 def is_choice(outputs: Any) -> bool:

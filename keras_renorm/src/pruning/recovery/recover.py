@@ -53,7 +53,8 @@ def recover(
 
     The loss compares the outputs of the two models: class probabilities by the Kullback-Leibler divergence at a temperature of
     2, other outputs by the squared error relative to their variance. It also compares the sums inside the models where branches
-    meet (residual connections), by the mean of their relative squared errors. Normalization computes as in inference.
+    meet (residual connections), by the mean of their relative squared errors. Batch normalization follows the batches, unless
+    that alone would move the dense model further than pruning did. All other layers compute as in inference.
 
     Zeros of kernels are kept, so that sparsity, patterns and removed units remain. A part of the samples is held out. The
     weights that are nearest to the dense model there are returned: at worst, those of the model that was passed in.
@@ -119,9 +120,10 @@ def recover(
     student, _ = copy_model(pruned, inputs=first)
     teacher, _ = copy_model(model, inputs=first)
     from_logits = _has_logits(model) if from_logits is None else from_logits
-    lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augmentation.get(augment, model))
     count = count_samples(learn)
     batch_size = fixed or min(batch_size, count)
+    lesson, names = _lesson(student, teacher, held_out, learning_rate, from_logits, augmentation.get(augment, model))
+    lesson.follows = lesson.can_follow(take_samples(learn, slice(batch_size)))
     steps = STEPS if epochs is None else max(1, epochs * count // batch_size)
     training = Training(steps, batch_size, learning_rate, seconds, seed, verbose)
     settings = [steps, batch_size, learning_rate, seed, from_logits, names, _name_of(augment)]
