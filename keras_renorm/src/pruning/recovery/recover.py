@@ -54,7 +54,7 @@ def recover(
     The loss compares the outputs of the two models: class probabilities by the Kullback-Leibler divergence at a temperature of
     2, other outputs by the squared error relative to their variance. It also compares the sums inside the models where branches
     meet (residual connections), by the mean of their relative squared errors. Batch normalization follows the batches, unless
-    that alone would move the dense model further than pruning did. All other layers compute as in inference.
+    that alone would move the dense model by more than 0.3 times of what pruning did. All other layers compute as in inference.
 
     Zeros of kernels are kept, so that sparsity, patterns and removed units remain. A part of the samples is held out. The
     weights that are nearest to the dense model there are returned: at worst, those of the model that was passed in.
