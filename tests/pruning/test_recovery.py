@@ -276,6 +276,32 @@ def test_both_models_see_what_is_augmented():
 # What goes wrong.
 
 
+def test_a_rate_that_is_too_high_is_lowered_once(tmp_path, monkeypatch):
+    rates = []
+
+    def take(lesson, x, order, batch_size):
+        rates.append(float(lesson.optimizer.learning_rate))
+        for student, teacher in zip(lesson.student.weights, lesson.teacher.weights):
+            student.assign(student + 10 if rates[-1] > 0.06 else (student + teacher) / 2)
+        if len(rates) == 15:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(course, "take_steps", take)
+    model = dense()
+    pruned = kr.prune(model, 0.8)
+    how = dict(learning_rate=1.0, epochs=20, directory=tmp_path)
+    notes = ["No step came nearer until step 90 at a learning rate of 1. The rest began again at the start, at 0.1."]
+    report = recover(pruned, model, **how).recovery_report
+    assert report.notes == (*notes, "An interrupt ended recovery after 140 of 180 steps.")
+    assert report.best_step == 140
+    report = recover(pruned, model, **how).recovery_report
+    assert report.notes == tuple(notes)
+    assert report.best_step == 180
+    assert report.after < 1e-3 * report.before
+    at_start = [(1 + np.cos(np.pi * part / 18)) / 2 for part in [*range(15), 14, 15, 16, 17]]
+    np.testing.assert_allclose(rates, [*at_start[:9], *(0.1 * one for one in at_start[9:])], rtol=1e-5)
+
+
 @pytest.mark.usefixtures("eager")
 def test_nothing_worse_than_the_start_is_returned():
     model = dense()
@@ -485,6 +511,25 @@ def test_the_state_of_another_recovery_is_refused(tmp_path, change):
     recover(pruned, model, **{**arguments, "epochs": 2})
     with pytest.raises(ValueError, match="holds the state of another run"):
         recover(pruned, model, **{**arguments, "epochs": 2, **change})
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_layer_that_augments_is_known_by_its_settings(tmp_path):
+    class Own(L.Layer):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def call(self, inputs):
+            return self.factor * inputs
+
+    model, pruned, arguments = run_of(tmp_path)
+    arguments.update(epochs=2)
+    recover(pruned, model, augment=[L.GaussianNoise(0.1), Own(2.0)], **arguments)
+    again = recover(pruned, model, augment=[L.GaussianNoise(0.1), Own(2.0)], **arguments)
+    assert again.recovery_report.steps == 18
+    with pytest.raises(ValueError, match="holds the state of another run"):
+        recover(pruned, model, augment=[L.GaussianNoise(0.2), Own(2.0)], **arguments)
 
 
 def test_prune_recovers():

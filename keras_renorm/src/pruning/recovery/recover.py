@@ -162,6 +162,11 @@ def _name_of(augment: Any) -> Any:
     """What tells augmentations apart, the same in every process."""
     if isinstance(augment, (list, tuple)):
         return [_name_of(one) for one in augment]
+    if isinstance(augment, keras.Layer):
+        with contextlib.suppress(NotImplementedError):
+            # Keras draws a name for every layer, and a seed for some.
+            settings = {key: value for key, value in augment.get_config().items() if key not in ("name", "seed")}
+            return [type(augment).__qualname__, repr(settings)]
     return augment if isinstance(augment, str) else getattr(augment, "__qualname__", type(augment).__qualname__)
 
 
