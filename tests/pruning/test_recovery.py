@@ -561,8 +561,9 @@ def test_prune_recovers_a_model_with_nested_inputs():
         (dict(recover=dict(epoch=3), calibration=X), ValueError, r"`recover` can hold .*'epochs'.*Received: .'epoch'."),
         (dict(recover=dict(epochs=0), calibration=X), ValueError, "`epochs` must be an integer of at least 1"),
         (dict(recover=dict(augment="flip"), calibration=X), ValueError, "only for models with one input of images"),
+        (dict(recover=dict(directory=__file__), calibration=X), ValueError, "`directory` must be a folder"),
     ],
-    ids=["samples", "type", "name", "value", "augment"],
+    ids=["samples", "type", "name", "value", "augment", "directory"],
 )
 def test_prune_refuses_what_recovery_would_refuse_before_it_prunes(monkeypatch, arguments, error, message):
     monkeypatch.setattr(one_shot, "copy_model", None)

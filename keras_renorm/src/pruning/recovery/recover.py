@@ -183,6 +183,10 @@ def check_options(model: keras.Model, options: Mapping[str, Any]) -> None:
         if options[argument] is not None or argument not in ("epochs", "seconds"):
             checks[argument](options[argument], argument)
     augmentation.get(options.get("augment"), model)
+    if options.get("directory") is not None:
+        # Raises if it cannot be used.
+        with RunFolder(options["directory"], None):
+            pass
 
 
 def _check_seed(value: Any, argument: str) -> None:
