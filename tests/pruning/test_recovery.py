@@ -493,7 +493,7 @@ def test_a_recovery_goes_on_with_more_seconds(tmp_path, monkeypatch):
         context.setattr(course.time, "monotonic", lambda: next(clock))
         few = recover(pruned, model, seconds=20, **arguments).recovery_report
     assert 0 < few.steps < 30 * 144 // 16
-    assert "time limit" in few.notes[0]
+    assert any("time limit" in note for note in few.notes)
     take, taken = course.take_steps, []
     monkeypatch.setattr(
         course, "take_steps", lambda lesson, x, order, size: taken.extend(order) or take(lesson, x, order, size)
