@@ -73,7 +73,9 @@ def kept(name, make, arguments):
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(known))
-        model.save(path)
+        partial = path.with_stem(f"partial_{path.stem}")
+        model.save(partial)
+        partial.replace(path)
     return model, known
 
 
@@ -90,17 +92,17 @@ def pruned_with(model, images, pattern, sparsity, seed, arguments):
 
 def recovered_with(model, pruned, images, pattern, sparsity, seed, arguments):
     """The pruned model after recovery, and what its report says."""
+    how = {name: getattr(arguments, name) or None for name in ("epochs", "batch_size", "learning_rate", "seconds", "augment")}
 
     def recover():
-        how = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "learning_rate", "seconds")}
-        augment = arguments.augment or None
-        better = kr.recover(pruned, model, images, from_logits=True, augment=augment, seed=seed, verbose=0, **how)
+        better = kr.recover(pruned, model, images, from_logits=True, seed=seed, verbose=0, **how)
         report = better.recovery_report
         known = dict(agreement=report.agreement_after, steps=report.steps, best_step=report.best_step, seconds=report.seconds)
         known["pass_seconds"] = report.seconds * report.samples / (report.steps * arguments.batch_size)
         return better, known
 
-    return kept(f"{pattern}_{sparsity:g}_{len(images)}_{seed}_recovered", recover, arguments)
+    settings = "_".join(str(value) for value in (arguments.calibration_samples, *how.values()))
+    return kept(f"{pattern}_{sparsity:g}_{len(images)}_{seed}_recovered_{settings}", recover, arguments)
 
 
 def compare(model, data, measured, pattern, sparsity, seed, arguments):

@@ -71,7 +71,7 @@ class Lesson(keras.Model):
         wanted, given = (float_values(model(inputs, training=False)) for model in (self.teacher, self.student))
         with keras.StatelessScope(), batch_statistics(self._of_teacher):
             followed = float_values(self.teacher(inputs, training=False))
-        by_itself, by_pruning = (float(self._total(self._apart(wanted, one))) for one in (followed, given))
+        by_itself, by_pruning = (float(self._sum_of(self._losses_of(wanted, one))) for one in (followed, given))
         return by_itself < _MUCH_NEARER * by_pruning
 
     def call(self, samples, training=None):
@@ -85,25 +85,25 @@ class Lesson(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         wanted, given = y_pred
-        losses = self._apart(wanted, given)
+        losses = self._losses_of(wanted, given)
         for metric, loss in zip(self.distances, losses):
             metric.update_state(loss)
         outputs = [list(values)[-len(self._choices) :] for values in (wanted, given)]
         for one, other, chooses in zip(*outputs, self._choices):
             if chooses:
                 self.agreement.update_state(ops.equal(ops.argmax(one, axis=-1), ops.argmax(other, axis=-1)))
-        return self._total(losses)
+        return self._sum_of(losses)
 
-    def _apart(self, wanted: Sequence[Any], given: Sequence[Any]) -> list:
+    def _losses_of(self, wanted: Sequence[Any], given: Sequence[Any]) -> list:
         return [loss(*pair) for loss, *pair in zip(self._loss_of, wanted, given)]
 
-    def _total(self, losses: Sequence[Any]) -> Any:
+    def _sum_of(self, losses: Sequence[Any]) -> Any:
         inside, at_outputs = losses[: -len(self._choices)], losses[-len(self._choices) :]
         return sum(at_outputs) + sum(inside) / max(1, len(inside))
 
 
 def _normalizations(model: keras.Model) -> list[keras.Layer]:
-    """Batch normalization that is not frozen."""
+    """Batch normalization that is not frozen. Classes with a `call` of their own may not take `training`."""
     layers = flatten_layers(model)
     return [layer for layer in layers if type(layer).call is keras.layers.BatchNormalization.call and layer.trainable]
 

@@ -54,7 +54,7 @@ def recover(
     The loss compares the outputs of the two models: class probabilities by the Kullback-Leibler divergence at a temperature of
     2, other outputs by the squared error relative to their variance. It also compares the sums inside the models where branches
     meet (residual connections), by the mean of their relative squared errors. Batch normalization follows the batches, unless
-    that alone would move the dense model by more than 0.3 times of what pruning did. All other layers compute as in inference.
+    that alone would move the dense model more than 0.3 times as far as pruning did. All other layers compute as in inference.
 
     Zeros of kernels are kept, so that sparsity, patterns and removed units remain. A part of the samples is held out. The
     weights that are nearest to the dense model there are returned: at worst, those of the model that was passed in.
@@ -68,7 +68,8 @@ def recover(
         samples: unlabelled samples, as `calibration` in `keras_renorm.prune`; at least 32. The more, the better.
         epochs: number of passes over the samples. Defaults to `None`: as many as make about 1000 steps.
         batch_size: number of samples in a training step. Not used if the inputs of the model have a batch size. Defaults to 64.
-        learning_rate: the first learning rate of Adam. It decays to zero along a cosine. Defaults to 0.003.
+        learning_rate: the first learning rate of Adam. It decays to zero along a cosine. If nothing is nearer to the dense model
+            at half of the steps or of the time, the rest begins again at the start, with a tenth of the rate. Defaults to 0.003.
         from_logits: whether the outputs are logits of classes, whose probabilities are compared. Probabilities are recognized
             by their values; all other outputs are compared as numbers. Defaults to `None`: as the loss says that `model` is
             compiled with; `False` if it is not compiled.
