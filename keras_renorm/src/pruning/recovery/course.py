@@ -19,7 +19,6 @@ from keras_renorm.src.pruning.recovery.lesson import Lesson
 
 _MEASUREMENTS = 20
 _FEWEST_STEPS = 10
-_SLOWER = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Course:
     best_step: int = 0
     steps: int = 0
     seconds: float = 0.0
-    slowed: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -74,10 +72,7 @@ def take_course(lesson: Lesson, x: Any, held_out: Any, training: Training, folde
             if progress >= 1:
                 course.notes.append(_ended(f"The time limit of {training.seconds:g} seconds", course, training))
                 break
-            if progress >= 0.5 and not course.best_step and not course.slowed:
-                _start_again(lesson, course, training, best)
-            rate = training.learning_rate * (_SLOWER if course.slowed else 1)
-            lesson.optimizer.learning_rate = rate * (1 + math.cos(math.pi * progress)) / 2
+            lesson.optimizer.learning_rate = training.learning_rate * (1 + math.cos(math.pi * progress)) / 2
             keras.utils.set_random_seed(training.seed + course.steps)
             to = min(course.steps + at_once, training.steps)
             take_steps(lesson, x, order[course.steps * training.batch_size : to * training.batch_size], training.batch_size)
@@ -109,17 +104,6 @@ def take_steps(lesson: Lesson, x: Any, order: np.ndarray, batch_size: int) -> No
     # `fit` takes longer to begin than a small model takes for these steps.
     for start in range(0, len(order), batch_size):
         lesson.train_on_batch(take_samples(x, order[start : start + batch_size]))
-
-
-def _start_again(lesson: Lesson, course: Course, training: Training, weights: Sequence[np.ndarray]) -> None:
-    """Go back to the weights at the start, for the rest of the course with a lower learning rate."""
-    _assign(lesson.student.weights, weights)
-    _assign(lesson.optimizer.variables, [np.zeros_like(value) for value in _values(lesson.optimizer.variables)])
-    course.slowed = True
-    course.notes.append(
-        f"No step came nearer until step {course.steps} at a learning rate of {training.learning_rate:g}. The rest began again "
-        f"at the start, at {_SLOWER * training.learning_rate:g}."
-    )
 
 
 def _ended(by: str, course: Course, training: Training) -> str:

@@ -68,9 +68,7 @@ def recover(
         samples: unlabelled samples, as `calibration` in `keras_renorm.prune`; at least 32. The more, the better.
         epochs: number of passes over the samples. Defaults to `None`: as many as make about 1000 steps.
         batch_size: number of samples in a training step. Not used if the inputs of the model have a batch size. Defaults to 64.
-        learning_rate: the first learning rate of Adam. It decays to zero along a cosine. If nothing is nearer to the dense
-            model at half of the steps or of the time, the rest begins again at the start, with a tenth of the rate. Defaults to
-            0.003.
+        learning_rate: the first learning rate of Adam. It decays to zero along a cosine. Defaults to 0.003.
         from_logits: whether the outputs are logits of classes, whose probabilities are compared. Probabilities are recognized
             by their values; all other outputs are compared as numbers. Defaults to `None`: as the loss says that `model` is
             compiled with; `False` if it is not compiled.
